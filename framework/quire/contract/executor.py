@@ -1,0 +1,65 @@
+"""Executors: where the model lives and its steps run (this process, others)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from quire.contract.request import Schedule, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorInit:
+    """All that an executor is constructed from.
+
+    Attributes:
+        config: the resolved configuration; names and options only, so a worker process can
+            resolve the plugins again.
+        registry: this process's registry, for executors that stay in it.
+        options: the validated instance of `Provider.options`, or None.
+    """
+
+    config: Any
+    registry: Any
+    options: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class KVBudget:
+    """What the pool can be: bytes of one block over all layers, and bytes free for blocks."""
+
+    bytes_per_block: int
+    free_bytes: int
+
+
+class Executor(ABC):
+    """Runs schedules. Called from the engine's thread only."""
+
+    def __init__(self, init: ExecutorInit) -> None:
+        self.init = init
+
+    @abstractmethod
+    def start(self) -> None:
+        """Load the model. Raises ConfigError if it cannot run here."""
+
+    @abstractmethod
+    def kv_budget(self) -> KVBudget:
+        """Measured after `start`: what KV blocks cost and how much room there is."""
+
+    @abstractmethod
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Make the caches and warm up; then `step` may be called. Raises OutOfMemory."""
+
+    @abstractmethod
+    def step(self, schedule: Schedule) -> Future[StepResult]:
+        """Run one schedule. A failure of the step as a whole is the future's exception."""
+
+    @abstractmethod
+    def health(self) -> str | None:
+        """None if the executor can serve, else the reason why not."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Let everything go; idempotent."""

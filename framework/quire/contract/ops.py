@@ -1,0 +1,143 @@
+"""Operations that a device may have better kernels for: a frozen spec in, a callable out.
+
+A layer states what it needs as a spec and gets back an implementation of the matching protocol; it
+never learns whose. Plain torch serves every spec, so a new device starts with attention alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+
+
+@dataclass(frozen=True, slots=True)
+class OpSpec:
+    """Base of all specs; `kind` is the name under which users override the implementation (`ops.KIND`)."""
+
+    kind: ClassVar[str] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RMSNormSpec(OpSpec):
+    """x / rms(x) · (weight + offset) over the last dimension `size`, computed in float32.
+
+    `weight_offset` is 1 for Gemma, whose product is also taken in float32; elsewhere the normed
+    value is rounded to the compute dtype before the product, as in transformers.
+    """
+
+    kind: ClassVar[str] = "rms_norm"
+    size: int
+    eps: float
+    dtype: torch.dtype
+    weight_offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GatedActSpec(OpSpec):
+    """act(x[..., :size]) · x[..., size:] of x [T, 2·size]."""
+
+    kind: ClassVar[str] = "gated_act"
+    size: int
+    activation: Activation
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec(OpSpec):
+    """y = x · weightᵀ + bias, weight [out_features, in_features].
+
+    `deterministic`: a row's result must not depend on how many rows stand beside it.
+    `name` is the layer's path in the model, for reports.
+    """
+
+    kind: ClassVar[str] = "linear"
+    in_features: int
+    out_features: int
+    bias: bool
+    dtype: torch.dtype
+    deterministic: bool = False
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MoESpec(OpSpec):
+    """Gated experts over tokens routed to `top_k` of `num_experts`.
+
+    `renormalize`: the chosen experts' softmax weights are scaled to sum to one.
+    """
+
+    kind: ClassVar[str] = "moe"
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    renormalize: bool
+    activation: Activation
+    dtype: torch.dtype
+    deterministic: bool = False
+
+
+class RMSNormOp(Protocol):
+    """`(x [T, size], weight [size], residual)` -> (normed, new residual).
+
+    With a residual: residual + x is taken first (in the compute dtype), normed, and returned as the
+    second result. Without: the second result is None. Inputs may be overwritten.
+    """
+
+    def __call__(self, x: Tensor, weight: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]: ...
+
+
+class GatedActOp(Protocol):
+    """`x [T, 2·size]` -> [T, size]."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class LinearOp(Protocol):
+    """Packs a weight once, then multiplies."""
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> Any:
+        """The state that `__call__` takes; may alias `weight`, which the caller then lets go."""
+        ...
+
+    def __call__(self, x: Tensor, state: Any) -> Tensor:
+        """x [T, in_features] -> [T, out_features]."""
+        ...
+
+
+class MoEOp(Protocol):
+    """`(x [T, H], router_logits [T, E], gate_up [E, 2I, H], down [E, H, I])` -> [T, H]; gate stands first."""
+
+    def __call__(self, x: Tensor, router_logits: Tensor, gate_up: Tensor, down: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class OpInit:
+    """All that an op set is constructed from; `options` is the validated instance of `Provider.options`."""
+
+    device: torch.device
+    max_num_tokens: int
+    options: Any = None
+
+
+class OpSet(ABC):
+    """A family of operation kernels, for one or more kinds of spec."""
+
+    kinds: ClassVar[frozenset[str]]
+
+    def __init__(self, init: OpInit) -> None:
+        self.init = init
+
+    def why_not(self, spec: OpSpec) -> list[str]:
+        """Reasons why this spec cannot be served; empty if it can."""
+        return [] if spec.kind in self.kinds else [f"operation {spec.kind!r} is not one of {sorted(self.kinds)}"]
+
+    @abstractmethod
+    def build(self, spec: OpSpec) -> Any:
+        """The implementation, following the protocol of the spec's kind."""

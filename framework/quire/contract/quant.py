@@ -1,0 +1,98 @@
+"""Quantized linear layers: what the checkpoint stores, how it is packed once, how it is multiplied.
+
+A method is one file with three verbs: `tensors` says what to read, `finalize` repacks once at load,
+`forward` multiplies. `dequantize` is required: it is the truth that tests compare with.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quire.contract.ops import LinearSpec
+
+
+@dataclass(frozen=True, slots=True)
+class QuantInit:
+    """All that a method is constructed from.
+
+    Attributes:
+        config: the checkpoint's `quantization_config`, empty for an unquantized checkpoint.
+        stored: names of all tensors in the checkpoint with their shapes and dtypes.
+        device: where the model will run.
+        dtype: compute dtype.
+        options: the validated instance of `Provider.options`, or None.
+    """
+
+    config: Mapping[str, Any]
+    stored: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    device: torch.device
+    dtype: torch.dtype
+    options: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class QuantTensor:
+    """One tensor that a quantized layer reads from the checkpoint.
+
+    Attributes:
+        name: suffix after the layer's path, such as `qweight`.
+        shape: as stored, for one unfused layer.
+        dtype: as stored.
+        out_dim: dimension that runs along the output features, so that q, k and v can be
+            concatenated along it; None: the tensor must be equal in all of them.
+        required: False if the checkpoint may lack it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    out_dim: int | None
+    required: bool = True
+
+
+class QuantLinear(ABC):
+    """The quantized form of one linear layer, or of several fused along their outputs."""
+
+    def __init__(self, spec: LinearSpec) -> None:
+        self.spec = spec
+
+    @abstractmethod
+    def tensors(self) -> tuple[QuantTensor, ...]:
+        """What to read from the checkpoint for a layer of `spec`'s size."""
+
+    @abstractmethod
+    def finalize(self, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+        """Validate and repack, once; returns the state for `forward`. Raises UnsupportedModel."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
+        """x [T, in_features] -> [T, out_features]; a row's result must not depend on its neighbours' values."""
+
+    @abstractmethod
+    def dequantize(self, state: Any) -> Tensor:
+        """The weight [out_features, in_features] that `forward` multiplies by, in the compute dtype."""
+
+
+class QuantMethod(ABC):
+    """A quantization format. Chosen by the checkpoint's `quant_method`, or by the user's `quantization`."""
+
+    checkpoint_names: ClassVar[frozenset[str]] = frozenset()
+    """Values of `quantization_config.quant_method` that this method reads; empty: quantizes at load."""
+
+    def __init__(self, init: QuantInit) -> None:
+        """Raises UnsupportedModel for settings that it cannot honour."""
+        self.init = init
+
+    @abstractmethod
+    def linear(self, spec: LinearSpec, sources: tuple[LinearSpec, ...]) -> QuantLinear | None:
+        """The layer's quantized form, or None: it stays unquantized.
+
+        `sources` are the checkpoint's layers that are fused into `spec` along the outputs (itself,
+        if nothing is fused). Raises UnsupportedModel if only some of them are quantized.
+        """
