@@ -296,9 +296,9 @@ def split_qkv(step: QKVStep) -> tuple[Tensor, Tensor, Tensor]:
     ]
     q, k, v = torch.split(step.qkv, sizes, dim=-1)
     return (
-        q.unflatten(-1, (layer.num_heads, layer.head_dim)),
-        k.unflatten(-1, (layer.num_kv_heads, layer.head_dim)),
-        v.unflatten(-1, (layer.num_kv_heads, layer.v_head_dim)),
+        q.view(-1, layer.num_heads, layer.head_dim),
+        k.view(-1, layer.num_kv_heads, layer.head_dim),
+        v.view(-1, layer.num_kv_heads, layer.v_head_dim),
     )
 
 

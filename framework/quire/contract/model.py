@@ -116,11 +116,18 @@ class ModelSpec:
         architectures: values of the checkpoint's `architectures` that this spec serves; empty: a
             bridge that is asked (`why_not`) about any checkpoint.
         config_from_hf: reads the checkpoint's config.json once; raises UnsupportedModel naming the key.
+        attention_layers: the layers that `build` will make, from the config alone, so that an
+            attention backend can be chosen before anything is loaded.
+        max_model_len: the longest sequence that the config allows.
+        vocab_size: V of the config.
         build: makes the model.
         why_not: reasons why a given config.json cannot be served.
     """
 
     architectures: frozenset[str]
     config_from_hf: Callable[[Mapping[str, Any]], Any]
+    attention_layers: Callable[[Any], tuple[AttentionLayer, ...]]
+    max_model_len: Callable[[Any], int]
+    vocab_size: Callable[[Any], int]
     build: Callable[[ModelInit], CausalLM]
     why_not: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
