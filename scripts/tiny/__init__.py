@@ -1,0 +1,1 @@
+"""How quire-tiny, the bundled model, is made: data, tokenizer, training, evaluation."""
