@@ -1,0 +1,1 @@
+"""The parts of the plugin host; `quire.registry` puts them together."""

@@ -1,0 +1,134 @@
+"""Takes one plugin in, or leaves no trace of it.
+
+The order is fixed: import, unknown hooks, registration, the call of `quire_providers`, API versions.
+pluggy's own `load_setuptools_entrypoints` does none of this: one bad entry point ends the host, a
+rejected plugin stays half registered, and a misspelt hook passes in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pluggy
+
+from quire.contract.provider import POINTS, Provider
+from quire.facade import HostInfo
+from quire.hooks import HOOK_NAMES
+from quire.host.objects import first_line, is_path
+from quire.host.reports import PluginReport, PluginStatus
+from quire.host.sources import PluginSource
+from quire.host.suggest import suggest
+
+RESERVED_NAMES = frozenset({"auto", "default"})
+"""Names that mean something else where a provider's name is expected."""
+
+
+class NotLoaded(Exception):
+    """Loading ended early, with the status and the reason for the plugin's report."""
+
+    def __init__(self, status: PluginStatus, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+
+
+def load_plugin(manager: pluggy.PluginManager, source: PluginSource, info: HostInfo, report: PluginReport) -> None:
+    """Import and register a plugin and fill its report. Raises NotLoaded, and has changed nothing then."""
+    try:
+        plugin = source.load()
+    except (Exception, SystemExit) as error:
+        raise NotLoaded(PluginStatus.FAILED, first_line(error)) from error
+    try:
+        hooks = _hooks_of(manager, plugin)
+        manager.register(plugin, name=report.name)
+        report.providers = _checked(_offered(manager, plugin, info))
+        report.hooks = hooks
+    except (Exception, SystemExit) as error:
+        # pluggy enters a plugin before it validates it, so it must be taken out again.
+        if manager.get_plugin(report.name) is plugin:
+            manager.unregister(name=report.name)
+        if isinstance(error, NotLoaded):
+            raise
+        raise NotLoaded(PluginStatus.REJECTED, _plain(error)) from error
+
+
+def _plain(error: BaseException) -> str:
+    """pluggy's complaint begins with two lines that only repeat the plugin and the hook's name."""
+    if isinstance(error, pluggy.PluginValidationError):
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return "; ".join(line for line in lines if not line.startswith("Plugin "))
+    return first_line(error)
+
+
+def _hooks_of(manager: pluggy.PluginManager, plugin: object) -> tuple[str, ...]:
+    """Names of the hooks that the plugin implements; a misspelt or unmarked one is an error."""
+    found = []
+    for name in dir(plugin):
+        options = manager.parse_hookimpl_opts(plugin, name)
+        if options is None:
+            if name in HOOK_NAMES and callable(getattr(plugin, name, None)):
+                raise NotLoaded(PluginStatus.REJECTED, f"{name!r} is not marked with @hookimpl")
+            continue
+        if name not in HOOK_NAMES:
+            raise NotLoaded(PluginStatus.REJECTED, f"unknown hook {name!r}; {suggest(name, HOOK_NAMES)}")
+        if options["wrapper"] or options["hookwrapper"]:
+            raise NotLoaded(PluginStatus.REJECTED, f"{name!r} is a hook wrapper; plugins are called one by one")
+        found.append(name)
+    return tuple(found)
+
+
+def _offered(manager: pluggy.PluginManager, plugin: object, info: HostInfo) -> Iterable[Any]:
+    """What the plugin's own `quire_providers` returns."""
+    for implementation in manager.hook.quire_providers.get_hookimpls():
+        if implementation.plugin is plugin:
+            arguments = {"host": info}
+            try:
+                found: Any = implementation.function(*(arguments[name] for name in implementation.argnames))
+                return list(found)
+            except (Exception, SystemExit) as error:
+                raise NotLoaded(PluginStatus.REJECTED, f"quire_providers failed: {first_line(error)}") from error
+    return []
+
+
+def _checked(offered: Iterable[Any]) -> tuple[Provider, ...]:
+    providers: list[Provider] = []
+    for provider in offered:
+        _check(provider)
+        if any((other.point, other.name) == (provider.point, provider.name) for other in providers):
+            raise NotLoaded(PluginStatus.REJECTED, f"it offers {provider.point} {provider.name!r} twice")
+        providers.append(provider)
+    return tuple(providers)
+
+
+def _check(provider: Any) -> None:
+    """Raise NotLoaded unless this is a well-formed provider of a contract that the host serves."""
+    if not isinstance(provider, Provider):
+        raise NotLoaded(
+            PluginStatus.REJECTED, f"quire_providers must yield Provider objects, not {type(provider).__name__}"
+        )
+    label = f"{provider.point} {provider.name!r}"
+    point = POINTS.get(provider.point)
+    if point is None:
+        reason = f"unknown extension point {provider.point!r}; {suggest(str(provider.point), POINTS)}"
+        raise NotLoaded(PluginStatus.INCOMPATIBLE, reason)
+    if type(provider.api) is not int or not point.oldest <= provider.api <= point.current:
+        served = f"{point.oldest}" if point.oldest == point.current else f"{point.oldest} to {point.current}"
+        reason = f"{label} needs API version {provider.api}; this host serves {served}"
+        raise NotLoaded(PluginStatus.INCOMPATIBLE, reason)
+    if problem := _malformed(provider):
+        raise NotLoaded(PluginStatus.REJECTED, f"{label}: {problem}")
+
+
+def _malformed(provider: Provider) -> str:
+    if not isinstance(provider.name, str) or not provider.name or provider.name in RESERVED_NAMES:
+        return "a name is needed, and neither 'auto' nor 'default' can be one"
+    if any(not (letter.isalnum() or letter in "_-.") for letter in provider.name):
+        return "a name consists of letters, digits, '_', '-' and '.'"
+    for field in ("target", "probe", "options"):
+        value = getattr(provider, field)
+        if not (is_path(value) or (value is None and field != "target")):
+            return f"{field} is {value!r}; it must have the form 'package.module:attribute'"
+    if not isinstance(provider.devices, frozenset) or not all(isinstance(name, str) for name in provider.devices):
+        return f"devices is {provider.devices!r}; it must be a frozenset of device types"
+    return "" if type(provider.priority) is int else f"priority is {provider.priority!r}; it must be an integer"
