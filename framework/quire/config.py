@@ -7,36 +7,23 @@ Sources, strongest first: keyword arguments and flags, environment, file, plugin
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from quire.errors import ConfigError
+from quire.config_values import Count, Names, describe, from_text, is_mapping, parse_yaml
+from quire.errors import ConfigError, PluginError
+from quire.host.suggest import suggest
 
 ENV_PREFIX = "QUIRE_"
 SPECIAL_VARIABLES = ("QUIRE_LOG_LEVEL", "QUIRE_PLUGINS", "QUIRE_CACHE_DIR")
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
-
-
-def parse_count(value: Any) -> Any:
-    """`8k` -> 8000, `2GiB` -> 2147483648; anything that is not such a text passes through."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?b?\s*", value.lower())
-    if match is None:
-        return value
-    return int(float(match[1]) * _UNITS[match[2] or ""])
-
-
-Count = Annotated[int, BeforeValidator(parse_count)]
+"""Level of the program's log, list of allowed plugins, folder of downloaded models."""
 
 
 def at(path: str, default: Any, **bounds: Any) -> Any:
@@ -45,23 +32,23 @@ def at(path: str, default: Any, **bounds: Any) -> Any:
 
 
 class EngineConfig(BaseModel):
-    """What the user said of an engine. Frozen; `resolve` decides every `auto`."""
+    """What the user said of an engine. Frozen; `resolve` decides every `auto`. Raises ConfigError for a bad value."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
     model: str | None = at("model.path", None)
-    """Folder or Hugging Face id of the checkpoint; None: the bundled quire-tiny."""
+    """Folder or Hugging Face id of the checkpoint; null: the bundled quire-tiny."""
     revision: str | None = at("model.revision", None)
     """Branch, tag or commit of a Hugging Face id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = at("model.dtype", "auto")
     """Compute dtype; auto: the checkpoint's, if the device runs it well."""
     quantization: str | None = at("model.quantization", None)
-    """Name of a quantization method; None: the one that the checkpoint names, if any."""
+    """Name of a quantization method; null: the one that the checkpoint names, if any."""
     chat_template: str | None = at("model.chat_template", None)
     """Jinja file that replaces the checkpoint's chat template."""
     device: str = at("engine.device", "auto")
-    """Name of a device provider."""
-    max_model_len: Count | Literal["auto"] = at("engine.max_model_len", "auto")
+    """Name of a device provider; auto: the one of highest priority that this machine has."""
+    max_model_len: Annotated[Count, Field(ge=2, le=1 << 30)] | Literal["auto"] = at("engine.max_model_len", "auto")
     """Most tokens of one request, prompt and output; auto: what the checkpoint allows, as far as memory goes."""
     max_num_seqs: Count = at("engine.max_num_seqs", 64, ge=1, le=4096)
     """Most requests that run at once."""
@@ -73,9 +60,11 @@ class EngineConfig(BaseModel):
     """A request's tokens do not depend on what else is in the batch; slower."""
     block_size: Count = at("engine.kv_cache.block_size", 16, ge=1, le=1024)
     """Tokens per KV block."""
-    num_kv_blocks: Count | None = at("engine.kv_cache.num_blocks", None, ge=2)
-    """Blocks in the KV pool; None: as kv_cache_memory says."""
-    kv_cache_memory: Count | Literal["auto"] = at("engine.kv_cache.memory", "auto")
+    num_kv_blocks: Annotated[Count, Field(ge=2, le=1 << 31)] | None = at("engine.kv_cache.num_blocks", None)
+    """Blocks in the KV pool; null: as kv_cache_memory says."""
+    kv_cache_memory: Annotated[Count, Field(ge=1 << 10, le=1 << 50)] | Literal["auto"] = at(
+        "engine.kv_cache.memory", "auto"
+    )
     """Bytes for the KV pool; auto: what max_num_seqs full-length requests need, at most half of the free memory."""
     enable_prefix_caching: bool = at("engine.kv_cache.prefix_caching", True)
     """Requests that begin alike share the KV of their beginning."""
@@ -94,22 +83,34 @@ class EngineConfig(BaseModel):
     output_parser: str = at("plugins.output_parser", "auto")
     """Name of an output parser; auto: by the markers in the chat template."""
     ops: Mapping[str, str] = at("plugins.ops", {})
-    """Kind of operation -> name of the op set to use; the key `default` stands for all kinds."""
-    logits_processors: tuple[str, ...] = at("plugins.logits_processors", ())
+    """Kind of operation -> name of the op set to use; `default`: the op set that is asked first for all other kinds."""
+    logits_processors: Names = at("plugins.logits_processors", ())
     """Further logits processors, beside the built-in ones."""
-    metrics_sinks: tuple[str, ...] = at("plugins.metrics_sinks", ())
+    metrics_sinks: Names = at("plugins.metrics_sinks", ())
     """Metrics sinks to feed."""
-    allowed_plugins: tuple[str, ...] | None = at("plugins.allowed", None)
+    allowed_plugins: Names | None = at("plugins.allowed", None)
     """If given, only these plugins are loaded beside the core."""
-    blocked_plugins: tuple[str, ...] = at("plugins.blocked", ())
+    blocked_plugins: Names = at("plugins.blocked", ())
     """Plugins that are not loaded."""
     plugin_options: Mapping[str, Mapping[str, Any]] = at("plugins.options", {})
     """Provider name -> its options."""
 
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise _config_error(error) from None
+
+    @model_validator(mode="after")
+    def _one_pool_size(self) -> Self:
+        if self.num_kv_blocks is not None and self.kv_cache_memory != "auto":
+            raise ValueError("num_kv_blocks and kv_cache_memory both size the KV pool; give one of them")
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class Configured:
-    """A configuration, and per field where its value came from."""
+    """A configuration, and per field where its value came from; fields left open are not in `origins`."""
 
     config: EngineConfig
     origins: Mapping[str, str] = field(default_factory=dict)
@@ -134,44 +135,72 @@ def environment_variable(name: str) -> str:
 
 def make_config(values: Mapping[str, Any]) -> EngineConfig:
     """Validate flat values. Raises ConfigError naming field, value and what is allowed."""
-    for name in values:
-        if name not in EngineConfig.model_fields:
-            raise ConfigError(
-                f"{name!r} is not a configuration field", remedy=_suggest(name, EngineConfig.model_fields)
-            )
-    try:
-        return EngineConfig(**values)
-    except ValidationError as error:
-        raise _config_error(error) from None
+    return EngineConfig(**values)
 
 
 def configure(
-    options: Mapping[str, Any], *, file: Path | None = None, environment: Mapping[str, str] | None = None
+    options: Mapping[str, Any],
+    *,
+    file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    origin: str = "argument",
 ) -> Configured:
-    """Merge options over environment over file over defaults."""
-    merged: dict[str, Any] = {}
-    origins: dict[str, str] = {}
+    """Merge options over environment over file over defaults.
+
+    Args:
+        options: flat values of the strongest source, which `origin` names.
+        file: YAML or TOML file.
+        environment: None: the process's.
+
+    Raises:
+        ConfigError: an unknown key or a value that is not allowed; says where it came from.
+    """
     sources = (
         (str(file), read_file(file) if file is not None else {}),
         ("environment", from_env(os.environ if environment is None else environment)),
-        ("argument", dict(options)),
+        (origin, dict(options)),
     )
-    for origin, values in sources:
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for source, values in sources:
+        try:
+            make_config(values)
+        except ConfigError as error:
+            where = f"{source}: " if source != "argument" else ""
+            raise ConfigError(where + error.message, remedy=error.remedy) from None
         merged.update(values)
-        origins.update(dict.fromkeys(values, origin))
+        origins.update(dict.fromkeys(values, source))
     return Configured(make_config(merged), origins)
 
 
-def with_defaults(configured: Configured, suggested: Mapping[str, tuple[Any, str]]) -> Configured:
-    """Fill fields that the user left open with plugins' suggestions."""
-    fresh = {name: pair for name, pair in suggested.items() if name not in configured.origins}
-    if not fresh:
-        return configured
-    said = {name: getattr(configured.config, name) for name in configured.origins}
-    config = make_config(said | {name: value for name, (value, _) in fresh.items()})
-    return Configured(
-        config, dict(configured.origins) | {name: f"plugin {plugin}" for name, (_, plugin) in fresh.items()}
-    )
+def with_defaults(
+    configured: Configured,
+    suggested: Mapping[str, tuple[Any, str]],
+    complain: Callable[[str, str], None] | None = None,
+) -> Configured:
+    """Fill fields that the user left open with plugins' suggestions.
+
+    Args:
+        configured: what the user said, which wins.
+        suggested: field -> (value, plugin).
+        complain: told (plugin, problem) of a suggestion that cannot be taken, which is then left out;
+            None: such a suggestion is a PluginError.
+    """
+    values = {name: getattr(configured.config, name) for name in configured.origins}
+    origins = dict(configured.origins)
+    for name, (value, plugin) in suggested.items():
+        if name in configured.origins:
+            continue
+        try:
+            make_config(values | {name: value})
+        except ConfigError as error:
+            problem = f"quire_config_defaults suggests what cannot be: {error.message}"
+            if complain is None:
+                raise PluginError(f"plugin {plugin!r}: {problem}") from None
+            complain(plugin, problem)
+            continue
+        values[name], origins[name] = value, f"plugin {plugin}"
+    return Configured(make_config(values), origins)
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -182,7 +211,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the configuration {path} is not valid: {error}") from error
+        raise ConfigError(f"the configuration {path} is not valid: {' '.join(str(error).split())}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -191,34 +220,48 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def from_env(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Flat values of the `QUIRE_` variables; the few that configure no engine are left out."""
-    names = {environment_variable(name): name for name in EngineConfig.model_fields}
+    """Flat values of the `QUIRE_` variables.
+
+    A key of a mapping can be set alone, as in `QUIRE_PLUGINS__OPS__DEFAULT=torch`; it is read in lower
+    case. `QUIRE_PLUGINS` is the list of allowed plugins. Raises ConfigError for an unknown variable.
+    """
+    fields = {environment_variable(name): name for name in EngineConfig.model_fields}
     values: dict[str, Any] = {}
-    for variable, text in environment.items():
-        if not variable.startswith(ENV_PREFIX) or variable in SPECIAL_VARIABLES:
+    for variable in sorted(environment):
+        text = environment[variable]
+        if not variable.startswith(ENV_PREFIX) or (variable in SPECIAL_VARIABLES and variable != "QUIRE_PLUGINS"):
             continue
-        if variable not in names:
-            raise ConfigError(
-                f"the environment variable {variable} sets nothing",
-                remedy=_suggest(variable, [*names, *SPECIAL_VARIABLES]),
-            )
-        values[names[variable]] = parse_text(text)
+        if variable == "QUIRE_PLUGINS":
+            values.setdefault("allowed_plugins", text)
+        elif name := fields.get(variable):
+            values[name] = from_text(EngineConfig.model_fields[name], text)
+        elif not _set_key(values, fields, variable, text):
+            remedy = suggest(variable, [*fields, *SPECIAL_VARIABLES]) if "__" in variable else ""
+            remedy = remedy if remedy.startswith("did") else "`quire config init` names the variables"
+            raise ConfigError(f"the environment variable {variable} sets nothing", remedy=remedy)
     return values
 
 
+def _set_key(values: dict[str, Any], fields: Mapping[str, str], variable: str, text: str) -> bool:
+    """Set one key of a mapping field; False if the variable names none."""
+    for prefix, name in fields.items():
+        if not variable.startswith(f"{prefix}__") or not is_mapping(EngineConfig.model_fields[name]):
+            continue
+        *parents, last = variable.removeprefix(f"{prefix}__").lower().split("__")
+        node = values[name] = dict(values.get(name) or {})
+        for key in parents:
+            node[key] = dict(node.get(key) or {})
+            node = node[key]
+        node[last] = parse_yaml(text)
+        return True
+    return False
+
+
 def special_variable(name: str) -> str | None:
-    """One of SPECIAL_VARIABLES, or None if it is not set."""
+    """One of SPECIAL_VARIABLES, or None if it is not set or empty."""
     if name not in SPECIAL_VARIABLES:
         raise KeyError(name)
-    return os.environ.get(name)
-
-
-def parse_text(text: str) -> Any:
-    """A value given as text: YAML, so that `true`, `[a, b]` and `{a: b}` mean what they look like."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+    return os.environ.get(name) or None
 
 
 def _flatten(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:
@@ -233,20 +276,19 @@ def _flatten(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:
             elif isinstance(value, Mapping) and any(known.startswith(f"{path}.") for known in paths):
                 walk(value, f"{path}.")
             else:
-                raise ConfigError(f"{origin}: unknown key {path!r}", remedy=_suggest(path, paths))
+                raise ConfigError(f"{origin}: unknown key {path!r}", remedy=suggest(path, paths))
 
     walk(tree, "")
     return values
 
 
 def _config_error(error: ValidationError) -> ConfigError:
+    """The first problem as one sentence that names field, value and what is allowed."""
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else ""
-    message = first["msg"].removeprefix("Value error, ")
-    text = f"{name} is {first['input']!r}: {message[:1].lower()}{message[1:]}"
-    return ConfigError(text, remedy=f"see {field_path(name)!r} in `quire config init`" if name else "")
-
-
-def _suggest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f"did you mean {close[0]!r}?" if close else "`quire config schema` lists all fields"
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"{name!r} is not a configuration field", remedy=suggest(name, EngineConfig.model_fields))
+    if not name:
+        return ConfigError(first["msg"].removeprefix("Value error, "))
+    value = first["input"]
+    return ConfigError(f"{name} is {value!r}; it must be {describe(EngineConfig.model_fields[name])}")
