@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,13 +13,30 @@ from quire.config import Configured, EngineConfig
 from quire.contract.attention import AttentionBackend
 from quire.contract.device import Device, DeviceInit
 from quire.contract.model import ModelSpec
-from quire.errors import ConfigError
+from quire.errors import ConfigError, UnsupportedModel
+from quire.host.suggest import suggest
 from quire.loader.checkpoint import Checkpoint
-from quire.loader.select import select_spec
-from quire.registry import AUTO, PluginHost, Selection
+from quire.registry import AUTO, Check, PluginHost, Selection
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BUILT_IN_PROCESSORS = ("token_filter", "logit_bias", "min_tokens", "penalties")
+
+POINT_OF_FIELD = {
+    "attention_backend": "attention",
+    "kv_allocator": "kv_allocator",
+    "scheduler": "scheduler",
+    "scheduler_policy": "scheduler_policy",
+    "sampler": "sampler",
+    "executor": "executor",
+}
+"""Fields that name the provider of a point."""
+
+OP_DEFAULT = "default"
+"""The key of `ops` that stands for all kinds that are not named."""
+
+SECRET_WORDS = ("key", "token", "secret", "password")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +50,7 @@ class ResolvedConfig:
         max_model_len, max_num_seqs, max_num_batched_tokens, block_size: as in `EngineConfig`, decided.
         selected: extension point -> choice, for points with one provider in use.
         processors: the logits processors, in the order in which they run.
-        op_sets: the op sets, in the order in which they are asked.
+        op_sets: the op sets that run on the device, in the order in which they are asked.
         sinks: the metrics sinks.
         quantization: the quantization method, or None.
     """
@@ -54,45 +72,50 @@ class ResolvedConfig:
     sinks: tuple[Selection, ...]
     quantization: Selection | None
 
+    def op_sets_for(self, kind: str) -> tuple[Selection, ...]:
+        """The op sets that may serve a kind of operation, in the order in which they are asked.
+
+        A kind that `ops` names has one; nothing stands in for it.
+        """
+        wanted = self.config.ops.get(kind)
+        if wanted is None:
+            return self.op_sets
+        return tuple(choice for choice in self.op_sets if wanted in (choice.provider.name, choice.name))
+
     def to_dict(self) -> dict[str, Any]:
-        """Printable values, decided ones in place of `auto`."""
-        values = self.config.model_dump()
+        """Printable values, decided ones in place of `auto`; secrets in plugins' options are masked."""
+        values = self.config.model_dump(mode="json")
         decided = {name: getattr(self, name) for name in values if name in {item.name for item in fields(self)}}
         chosen = {name: self.selected[point].provider.name for name, point in POINT_OF_FIELD.items()}
-        quantization = self.quantization.provider.name if self.quantization else None
         special = {
             "model": self.checkpoint.name,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.selected["device"].provider.name,
-            "quantization": quantization,
+            "quantization": self.quantization.provider.name if self.quantization else None,
+            "plugin_options": redacted(values["plugin_options"]),
         }
         return values | decided | chosen | special
-
-
-POINT_OF_FIELD = {
-    "attention_backend": "attention",
-    "kv_allocator": "kv_allocator",
-    "scheduler": "scheduler",
-    "scheduler_policy": "scheduler_policy",
-    "sampler": "sampler",
-    "executor": "executor",
-}
 
 
 def resolve(configured: Configured, host: PluginHost, checkpoint: Checkpoint) -> ResolvedConfig:
     """Decide everything. Raises ConfigError or UnsupportedModel with the reason and a remedy."""
     config = configured.config
     host.check_option_names(config.plugin_options)
-    specs = [(provider.name, host.load("model", f"{plugin}:{provider.name}")) for provider, plugin in _models(host)]
-    model_name, spec = select_spec(specs, checkpoint.config)
+    model = select_model(host, checkpoint.config)
+    spec: ModelSpec = model.target
     model_config = spec.config_from_hf(checkpoint.config)
-    device_choice = host.select("device", config.device)
-    options = host.options_for(device_choice.provider, config.plugin_options)
-    device: Device = device_choice.target(DeviceInit(options=options))
+    device_choice, device = select_device(config, host)
+    device_type = device.torch_device().type
     dtype = _dtype(config, checkpoint, device)
-    selected = {"device": device_choice, "model": host.select("model", model_name)}
-    selected |= _select_parts(config, host, device, dtype, spec, model_config)
-    return ResolvedConfig(
+    check = attention_check(spec, model_config, dtype, device_type, config)
+    selected = {"device": device_choice, "model": model}
+    for name, point in POINT_OF_FIELD.items():
+        extra = check if point == "attention" else None
+        selected[point] = host.select(point, getattr(config, name), device_type=device_type, check=extra)
+    if config.output_parser != AUTO:
+        selected["output_parser"] = host.select("output_parser", config.output_parser)
+    names = dict.fromkeys((*BUILT_IN_PROCESSORS, *config.logits_processors))
+    resolved = ResolvedConfig(
         config=config,
         origins=configured.origins,
         checkpoint=checkpoint,
@@ -105,17 +128,56 @@ def resolve(configured: Configured, host: PluginHost, checkpoint: Checkpoint) ->
         max_num_batched_tokens=config.max_num_batched_tokens,
         block_size=config.block_size,
         selected=selected,
-        processors=tuple(
-            host.select("logits_processor", name) for name in (*BUILT_IN_PROCESSORS, *config.logits_processors)
-        ),
-        op_sets=_op_sets(config, host, device),
-        sinks=tuple(host.select("metrics_sink", name) for name in config.metrics_sinks),
+        processors=tuple(host.select("logits_processor", name, device_type=device_type) for name in names),
+        op_sets=_op_sets(config, host, device_type),
+        sinks=tuple(host.select("metrics_sink", name) for name in dict.fromkeys(config.metrics_sinks)),
         quantization=_quantization(config, host, checkpoint),
     )
+    _warn_unused_options(resolved, host)
+    return resolved
 
 
-def attention_check(layers: Sequence[Any], dtype: torch.dtype, device_type: str, config: EngineConfig) -> Any:
+def select_device(config: EngineConfig, host: PluginHost) -> tuple[Selection, Device]:
+    """The device to run on. Raises ConfigError."""
+    choice = host.select("device", config.device)
+    options = host.options_for(choice.provider, config.plugin_options)
+    device: Device = choice.target(DeviceInit(options=options))
+    return choice, device
+
+
+def select_model(host: PluginHost, config: Mapping[str, Any]) -> Selection:
+    """The model spec for a checkpoint's config.json: a native one, else a bridge that takes it.
+
+    Raises:
+        UnsupportedModel: none fits; says why each does not.
+    """
+    named = config.get("architectures")
+    architectures = [str(name) for name in named] if isinstance(named, (list, tuple)) else []
+
+    def check(spec: ModelSpec) -> list[str]:
+        if spec.architectures and not spec.architectures & set(architectures):
+            return [f"serves {', '.join(sorted(spec.architectures))}"]
+        return spec.why_not(config)
+
+    try:
+        return host.select("model", AUTO, check=check)
+    except ConfigError:
+        label = ", ".join(architectures) or "(the config names none)"
+        reasons = [
+            f"{item.provider.name}: {'; '.join(item.reasons)}"
+            for item in host.explain("model", check=check)
+            if not any(reason.startswith("serves ") for reason in item.reasons)
+        ]
+        text = f"no model provider takes the architecture {label}"
+        remedy = "`quire plugins explain model` lists what is served; a plugin can add an architecture"
+        raise UnsupportedModel(text + (f": {' | '.join(reasons)}" if reasons else ""), remedy=remedy) from None
+
+
+def attention_check(
+    spec: ModelSpec, model_config: Any, dtype: torch.dtype, device_type: str, config: EngineConfig
+) -> Check:
     """The check that decides whether an attention backend can serve a model's layers."""
+    layers = spec.attention_layers(model_config)
 
     def check(backend: type[AttentionBackend]) -> list[str]:
         reasons = dict.fromkeys(
@@ -128,59 +190,52 @@ def attention_check(layers: Sequence[Any], dtype: torch.dtype, device_type: str,
     return check
 
 
-def _select_parts(
-    config: EngineConfig, host: PluginHost, device: Device, dtype: torch.dtype, spec: ModelSpec, model_config: Any
-) -> dict[str, Selection]:
-    device_type = device.torch_device().type
-    check = attention_check(spec.attention_layers(model_config), dtype, device_type, config)
-    chosen = {"attention": host.select("attention", config.attention_backend, device_type=device_type, check=check)}
-    for field, point in POINT_OF_FIELD.items():
-        if point not in chosen:
-            chosen[point] = host.select(point, getattr(config, field), device_type=device_type)
-    return chosen
-
-
-def _models(host: PluginHost) -> list[tuple[Any, str]]:
-    return host.providers("model")
+def redacted(value: Any) -> Any:
+    """The value with everything under a key that sounds secret masked."""
+    if isinstance(value, Mapping):
+        return {
+            key: "***" if any(word in str(key).lower() for word in SECRET_WORDS) and item else redacted(item)
+            for key, item in value.items()
+        }
+    return [redacted(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _dtype(config: EngineConfig, checkpoint: Checkpoint, device: Device) -> torch.dtype:
     allowed = device.dtypes()
-    if config.dtype != AUTO:
-        dtype = DTYPES[config.dtype]
-        if dtype not in allowed:
-            names = [str(item).removeprefix("torch.") for item in allowed]
-            raise ConfigError(f"dtype {config.dtype!r} does not run on this device", remedy=f"use one of {names}")
-        return dtype
-    stored = DTYPES.get(checkpoint.dtype_name)
-    return stored if stored in allowed and stored is not None else allowed[0]
+    if config.dtype == AUTO:
+        stored = DTYPES.get(checkpoint.dtype_name)
+        return stored if stored is not None and stored in allowed else allowed[0]
+    dtype = DTYPES[config.dtype]
+    if dtype not in allowed:
+        names = [str(item).removeprefix("torch.") for item in allowed]
+        raise ConfigError(f"dtype is {config.dtype!r}, which does not run on this device", remedy=f"use one of {names}")
+    return dtype
 
 
 def _max_model_len(config: EngineConfig, longest: int) -> int:
-    if config.max_model_len == AUTO:
+    if config.max_model_len == "auto":
         return longest
-    assert isinstance(config.max_model_len, int)
-    if not 2 <= config.max_model_len <= longest:
+    if config.max_model_len > longest:
         raise ConfigError(
-            f"max_model_len is {config.max_model_len:,}; this checkpoint allows 2 to {longest:,}",
+            f"max_model_len is {config.max_model_len:,}; this checkpoint allows at most {longest:,}",
             remedy="lower it, or leave it at auto",
         )
     return config.max_model_len
 
 
-def _op_sets(config: EngineConfig, host: PluginHost, device: Device) -> tuple[Selection, ...]:
-    device_type = device.torch_device().type
-    usable = []
-    for provider, plugin in host.providers("op"):
-        try:
-            usable.append(host.select("op", f"{plugin}:{provider.name}", device_type=device_type))
-        except ConfigError:
-            if provider.name in config.ops.values():
-                raise
-    known = {selection.provider.name for selection in usable}
+def _op_sets(config: EngineConfig, host: PluginHost, device_type: str) -> tuple[Selection, ...]:
+    """All op sets that run on the device; the one that `ops.default` names stands first."""
+    fitting = [item for item in host.explain("op", device_type=device_type) if not item.reasons]
+    usable = [host.select("op", f"{item.plugin}:{item.provider.name}", device_type=device_type) for item in fitting]
+    known = {kind for choice in usable for kind in choice.target.kinds} | {OP_DEFAULT}
     for kind, name in config.ops.items():
-        if name not in known:
-            raise ConfigError(f"ops.{kind} names {name!r}, which is no op set", remedy=f"known are {sorted(known)}")
+        if kind not in known:
+            raise ConfigError(f"ops.{kind}: there is no such kind of operation", remedy=suggest(kind, known))
+        wanted = host.select("op", name, device_type=device_type)
+        if kind == OP_DEFAULT:
+            usable.sort(key=lambda choice: choice.provider is not wanted.provider)
+        elif kind not in wanted.target.kinds:
+            raise ConfigError(f"ops.{kind} is {name!r}, which serves {', '.join(sorted(wanted.target.kinds))} only")
     return tuple(usable)
 
 
@@ -202,4 +257,21 @@ def _quantization(config: EngineConfig, host: PluginHost, checkpoint: Checkpoint
     def check(method: Any) -> list[str]:
         return [] if stored in method.checkpoint_names else [f"does not read {stored!r}"]
 
-    return host.select("quantization", AUTO, check=check)
+    try:
+        return host.select("quantization", AUTO, check=check)
+    except ConfigError as error:
+        raise UnsupportedModel(f"the checkpoint is quantized by {stored!r}: {error.message}") from None
+
+
+def _warn_unused_options(resolved: ResolvedConfig, host: PluginHost) -> None:
+    """Options of a provider that is not in use are valid, yet most likely not what the user meant."""
+    choices = [*resolved.selected.values(), *resolved.processors, *resolved.op_sets, *resolved.sinks]
+    if resolved.quantization is not None:
+        choices.append(resolved.quantization)
+    used = {choice.name for choice in choices}
+    if resolved.config.output_parser == AUTO:
+        used |= {f"{plugin}:{provider.name}" for provider, plugin in host.providers("output_parser")}
+    for key in resolved.config.plugin_options:
+        provider, plugin = host.owner_of_options(key)
+        if f"{plugin}:{provider.name}" not in used:
+            logger.warning("plugin_options.%s is given, but %s %r is not in use", key, provider.point, provider.name)

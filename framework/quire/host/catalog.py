@@ -149,7 +149,11 @@ class Catalog:
     def check_option_names(self, options: Mapping[str, Any]) -> None:
         """Validate all of `plugin_options`, also those of providers that are not in use. Raises ConfigError."""
         for key in options:
-            self.options_for(owner_of(key, self._owned())[0], options)
+            self.options_for(self.owner_of_options(key)[0], options)
+
+    def owner_of_options(self, key: str) -> tuple[Provider, str]:
+        """The provider that `plugin_options` means by this key. Raises ConfigError if there is no one such."""
+        return owner_of(key, self._owned())
 
 
 def _probe(provider: Provider) -> tuple[str, ...]:

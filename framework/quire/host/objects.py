@@ -37,7 +37,7 @@ def why_not_a(point: str, obj: Any) -> list[str]:
     if not isinstance(obj, type) or not issubclass(obj, base):
         return [f"its target is not a subclass of {base.__name__}"]
     if inspect.isabstract(obj):
-        return [f"its target lacks {', '.join(sorted(vars(obj)["__abstractmethods__"]))}"]
+        return [f"its target lacks {', '.join(sorted(vars(obj)['__abstractmethods__']))}"]
     return []
 
 
