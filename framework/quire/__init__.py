@@ -1,1 +1,40 @@
+"""Quire: plugin-based, multi-backend inference for large language models. The users' door."""
 
+from quire.async_llm import AsyncLLM
+from quire.config import EngineConfig
+from quire.errors import (
+    ConfigError,
+    EngineDead,
+    EngineError,
+    ModelNotFound,
+    OutOfMemory,
+    PluginError,
+    QuireError,
+    RequestError,
+    UnsupportedModel,
+)
+from quire.llm import LLM
+from quire.outputs import CompletionOutput, Logprob, OutputDelta, RequestOutput
+from quire.params import SamplingParams
+from quire.version import __version__
+
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "ConfigError",
+    "EngineConfig",
+    "EngineDead",
+    "EngineError",
+    "Logprob",
+    "ModelNotFound",
+    "OutOfMemory",
+    "OutputDelta",
+    "PluginError",
+    "QuireError",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "UnsupportedModel",
+    "__version__",
+]

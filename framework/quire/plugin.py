@@ -59,6 +59,7 @@ from quire.contract.request import (
     ScheduledRow,
     StepResult,
     TokenLogprobs,
+    TokenView,
 )
 from quire.contract.sampling import (
     LogitsProcessor,
@@ -175,6 +176,7 @@ __all__ = [
     "TextDelta",
     "Tier",
     "TokenLogprobs",
+    "TokenView",
     "ToolCallArguments",
     "ToolCallStart",
     "UnsupportedModel",

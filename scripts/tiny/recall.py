@@ -59,7 +59,10 @@ def _from_turns(rng: random.Random) -> Sample:
             (f"I have a {(thing := rng.choice(THINGS))}.", "What do I have?", thing),
         )
     )
-    messages: list[Message] = [user(rng.choice(("Hello! {t}", "{t}", "Hi. {t}")).format(t=told)), assistant("I will remember that.")]
+    messages: list[Message] = [
+        user(rng.choice(("Hello! {t}", "{t}", "Hi. {t}")).format(t=told)),
+        assistant("I will remember that."),
+    ]
     for _ in range(rng.randrange(0, 3)):
         number = rng.randrange(10, 99)
         messages += [user(f"Repeat: {other} {number}"), assistant(f"{other} {number}")]

@@ -81,12 +81,17 @@ def _ask_weather(rng: random.Random) -> tuple[str, dict[str, Any]]:
 
 def _ask_time(rng: random.Random) -> tuple[str, dict[str, Any]]:
     city = rng.choice(CITIES)
-    return rng.choice(("What time is it in {c}?", "Time in {c}?", "Tell me the time in {c}.")).format(c=city), {"city": city}
+    return rng.choice(("What time is it in {c}?", "Time in {c}?", "Tell me the time in {c}.")).format(c=city), {
+        "city": city
+    }
 
 
 def _ask_multiply(rng: random.Random) -> tuple[str, dict[str, Any]]:
     a, b = rng.randrange(2, 1000), rng.randrange(2, 1000)
-    return rng.choice(("What is {a} times {b}?", "Multiply {a} and {b}.", "{a} * {b}")).format(a=a, b=b), {"a": a, "b": b}
+    return rng.choice(("What is {a} times {b}?", "Multiply {a} and {b}.", "{a} * {b}")).format(a=a, b=b), {
+        "a": a,
+        "b": b,
+    }
 
 
 def _ask_timer(rng: random.Random) -> tuple[str, dict[str, Any]]:
@@ -110,7 +115,9 @@ def _ask_search(rng: random.Random) -> tuple[str, dict[str, Any]]:
 
 def _ask_light(rng: random.Random) -> tuple[str, dict[str, Any]]:
     color = rng.choice(COLORS)
-    return rng.choice(("Make the light {c}.", "Turn the lamp {c}.", "Set the light to {c}.")).format(c=color), {"color": color}
+    return rng.choice(("Make the light {c}.", "Turn the lamp {c}.", "Set the light to {c}.")).format(c=color), {
+        "color": color
+    }
 
 
 _TOOLS = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import overload
 
 from quire.contract.kv import BlockCopy
 from quire.params import SamplingParams
@@ -26,6 +27,34 @@ class FinishReason(Enum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+
+
+class TokenView(Sequence[int]):
+    """Two sequences read as one, the second possibly still growing; slices copy only what they hold."""
+
+    __slots__ = ("_first", "_second")
+
+    def __init__(self, first: Sequence[int], second: Sequence[int]) -> None:
+        self._first = first
+        self._second = second
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[int, ...]: ...
+    def __getitem__(self, index: int | slice) -> int | tuple[int, ...]:
+        border = len(self._first)
+        if isinstance(index, int):
+            index = range(len(self))[index]
+            return self._first[index] if index < border else self._second[index - border]
+        start, stop, step = index.indices(len(self))
+        if step != 1:
+            return tuple(self[at] for at in range(start, stop, step))
+        late = self._second[max(0, start - border) : max(0, stop - border)]
+        return (*self._first[start : min(stop, border)], *late)
 
 
 @dataclass(slots=True, eq=False)
@@ -88,9 +117,9 @@ class Request:
         return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending_tokens
 
     @property
-    def token_ids(self) -> list[int]:
-        """All known tokens, prompt first (a copy)."""
-        return [*self.prompt_token_ids, *self.output_token_ids]
+    def token_ids(self) -> TokenView:
+        """All known tokens, prompt first; nothing is copied."""
+        return TokenView(self.prompt_token_ids, self.output_token_ids)
 
     @property
     def is_finished(self) -> bool:

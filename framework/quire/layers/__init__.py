@@ -1,1 +1,1 @@
-
+"""Layers that model families are put together from."""

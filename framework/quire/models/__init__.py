@@ -1,1 +1,1 @@
-
+"""Model families, as short declarations over shared layers."""

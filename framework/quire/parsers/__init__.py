@@ -1,1 +1,1 @@
-
+"""Output parsers: reasoning and tool calls found in generated text."""

@@ -1,1 +1,5 @@
+"""Text to token ids and back."""
 
+from quire.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["Tokenizer"]

@@ -1,0 +1,231 @@
+"""`AsyncLLM`: the engine in a thread of its own, for servers.
+
+A request is checked in the caller's stack, so a bad one fails before anything runs. Accepted ones
+go to the thread through an inbox; each step's deltas cross to the event loop in one hop. If the
+loop dies, every waiting stream gets its final delta with finish reason `error`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import uuid
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from quire.config import EngineConfig
+from quire.engine.build import build_engine
+from quire.engine.engine import Engine
+from quire.engine.intake import Prompt, Submission
+from quire.errors import EngineDead, RequestError
+from quire.outputs import OutputDelta
+from quire.params import SamplingParams
+from quire.registry import PluginHost
+from quire.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """Where one request's deltas go."""
+
+    loop: asyncio.AbstractEventLoop
+    deltas: asyncio.Queue[OutputDelta]
+
+
+class AsyncLLM:
+    """A model that serves many callers at once. Arguments as for `LLM`."""
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        host: PluginHost | None = None,
+        config: EngineConfig | None = None,
+        **options: Any,
+    ) -> None:
+        self._engine: Engine = build_engine(model, options, host=host, config=config)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._dead: BaseException | None = None
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="quire-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; ask it nothing that changes it, that is the thread's right."""
+        return self._engine
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._engine.parts.tokenizer
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Submission:
+        """Check a request without submitting it. Raises RequestError, or EngineDead."""
+        self._check_alive()
+        return self._engine.prepare(
+            request_id or uuid.uuid4().hex,
+            prompt,
+            sampling_params or SamplingParams(),
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> AsyncIterator[OutputDelta]:
+        """Yield a request's deltas; exactly one has `finished` set, and it is the last.
+
+        Cancelling the task, or leaving the loop, aborts the request within one step.
+
+        Raises:
+            RequestError: the request cannot be honoured. EngineDead: the engine has ended.
+        """
+        submission = self.prepare(
+            prompt, sampling_params, request_id=request_id, priority=priority, cache_salt=cache_salt
+        )
+        async for delta in self.submit(submission):
+            yield delta
+
+    async def submit(self, submission: Submission) -> AsyncIterator[OutputDelta]:
+        """As `stream`, for a request that `prepare` returned."""
+        self._check_alive()
+        key = submission.request_id
+        if key in self._streams:
+            raise RequestError(f"request id {key!r} is in use", param="request_id")
+        stream = self._streams[key] = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        ended = False
+        try:
+            try:
+                await asyncio.wrap_future(self._call(lambda: self._engine.add(submission)))
+            except RequestError:
+                ended = True
+                raise
+            while not ended:
+                delta = await stream.deltas.get()
+                ended = delta.finished
+                yield delta
+        finally:
+            self._streams.pop(key, None)
+            if not ended:
+                self._call(lambda: self._engine.abort(key))
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its stream gets a final delta with finish reason `abort`."""
+        await self._run(lambda: self._deliver(self._engine.abort(request_id)))
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes. Raises RuntimeError while requests run."""
+        await self._run(self._engine.reset_prefix_cache)
+
+    async def check_health(self, timeout: float = 10.0) -> None:
+        """Ask the loop itself. Raises EngineDead if it has ended or does not answer in `timeout` seconds."""
+        try:
+            reason = await asyncio.wait_for(self._run(self._engine.parts.executor.health), timeout)
+        except TimeoutError as error:
+            raise EngineDead(f"the engine's loop did not answer within {timeout:g} s") from error
+        if reason is not None:
+            raise EngineDead(reason)
+
+    def shutdown(self, timeout: float = 10.0) -> None:
+        """Abort what runs, end the thread, let the model go; idempotent."""
+        if self._thread.is_alive():
+            self._inbox.put(self._stop)
+            self._thread.join(timeout)
+        self._engine.shutdown()
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDead(f"the engine has ended: {self._dead}")
+        if self._stopping:
+            raise EngineDead("the engine has been shut down")
+
+    def _call(self, work: Callable[[], T]) -> Future[T]:
+        """Run `work` in the engine's thread, between two steps; EngineDead if the loop ends before that."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                self._check_alive()
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._inbox.put(run)
+        if self._dead is not None or self._stopping:
+            self._drain()  # the thread may have ended after the check: nobody else would answer
+        return future
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        self._check_alive()
+        return await asyncio.wrap_future(self._call(work))
+
+    def _loop(self) -> None:
+        try:
+            while not self._stopping:
+                self._take_inbox(wait=not self._engine.has_work())
+                if self._engine.has_work():
+                    self._deliver(self._engine.step())
+        except BaseException as error:
+            logger.exception("the engine's loop has ended")
+            self._dead = error
+        self._deliver(self._engine.fail(f"the engine has ended: {self._dead or 'shut down'}"))
+        self._drain()
+
+    def _take_inbox(self, wait: bool) -> None:
+        try:
+            if wait:
+                self._inbox.get()()
+            while True:
+                self._inbox.get_nowait()()
+        except queue.Empty:
+            return
+
+    def _drain(self) -> None:
+        """Refuse whatever still stands in the inbox of an ended loop."""
+        self._take_inbox(wait=False)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _deliver(self, deltas: list[OutputDelta]) -> None:
+        """One hop per event loop, however many deltas a step made."""
+        batches: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, OutputDelta]]] = defaultdict(list)
+        for delta in deltas:
+            stream = self._streams.get(delta.request_id)
+            if stream is not None:
+                batches[stream.loop].append((stream, delta))
+        for loop, batch in batches.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_hand_over, batch)
+
+
+def _hand_over(batch: list[tuple[_Stream, OutputDelta]]) -> None:
+    for stream, delta in batch:
+        stream.deltas.put_nowait(delta)

@@ -1,0 +1,236 @@
+"""Puts an engine together from a configuration: each plugin is constructed here and nowhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from quire.config import Configured, EngineConfig, configure, with_defaults
+from quire.contract.attention import AttentionBackend, AttentionInit
+from quire.contract.executor import Executor, ExecutorInit
+from quire.contract.kv import KVAllocator, KVInit
+from quire.contract.metrics import MetricsInit, StepStats
+from quire.contract.model import CausalLM, ModelInit
+from quire.contract.ops import OpInit
+from quire.contract.quant import QuantInit, QuantMethod
+from quire.contract.sampling import SamplerInit
+from quire.contract.scheduling import PolicyInit, Scheduler, SchedulerInit
+from quire.engine.engine import Engine, EngineParts
+from quire.engine.intake import Intake, IntakeLimits
+from quire.engine.memory import num_kv_blocks
+from quire.engine.metrics import Metrics
+from quire.errors import ConfigError
+from quire.facade import EngineFacade
+from quire.layers.factory import PluginLayers
+from quire.loader.checkpoint import resolve_checkpoint
+from quire.loader.load import load_model
+from quire.loader.progress import Progress, TerminalProgress
+from quire.registry import HostOptions, PluginHost, Selection, build_host
+from quire.resolve import ResolvedConfig, resolve
+from quire.sampling.pipeline import SamplingPipeline, validate_params
+from quire.tokenizer import Tokenizer
+
+
+def build_engine(
+    model: str | None,
+    options: Mapping[str, Any],
+    *,
+    host: PluginHost | None = None,
+    config: EngineConfig | None = None,
+) -> Engine:
+    """An engine ready to step, from a model and options, or from a complete configuration.
+
+    Raises:
+        ConfigError: it cannot run; the message says why and what to do.
+    """
+    if config is not None and (model is not None or options):
+        raise ConfigError("give either a complete config or a model with options, not both")
+    if config is None:
+        configured = configure(dict(options) | ({"model": model} if model is not None else {}))
+    else:
+        said = {name: getattr(config, name) for name in config.model_fields_set}
+        configured = Configured(config, dict.fromkeys(said, "argument"))
+    return engine_from(configured, host or host_for(configured.config))
+
+
+def host_for(config: EngineConfig) -> PluginHost:
+    """The installed plugins that the configuration lets in."""
+    allowed = None if config.allowed_plugins is None else frozenset(config.allowed_plugins)
+    return build_host(HostOptions(blocked=frozenset(config.blocked_plugins), allowed=allowed))
+
+
+def engine_from(configured: Configured, host: PluginHost) -> Engine:
+    """An engine from a configuration and loaded plugins."""
+    configured = with_defaults(configured, host.config_defaults(configured.config.model_dump()))
+    checkpoint = resolve_checkpoint(configured.config.model, configured.config.revision)
+    resolved = resolve(configured, host, checkpoint)
+    tokenizer = build_tokenizer(resolved)
+    executor = _construct(resolved, host, "executor", lambda options: ExecutorInit(resolved, host, options))
+    executor.start()
+    budget = executor.kv_budget()
+    blocks = num_kv_blocks(resolved, budget)
+    executor.allocate_kv(blocks)
+    engine = Engine(_parts(resolved, host, tokenizer, executor, blocks))
+    host.notify("quire_on_engine_start", engine=_facade(resolved, blocks))
+    return engine
+
+
+def build_tokenizer(config: ResolvedConfig) -> Tokenizer:
+    """The checkpoint's tokenizer, with the user's chat template if there is one."""
+    path = config.config.chat_template
+    if path is not None and not Path(path).is_file():
+        raise ConfigError(f"chat_template is {path!r}, which is no file", remedy="name a Jinja file")
+    template = Path(path).read_text(encoding="utf-8") if path is not None else None
+    return Tokenizer(config.checkpoint.folder, config.checkpoint.generation_config, template)
+
+
+def build_model(config: ResolvedConfig, host: PluginHost, progress: Progress | None = None) -> CausalLM:
+    """Load the model onto the device."""
+    device = config.device.torch_device()
+    op_sets = [
+        (
+            choice.provider.name,
+            choice.target(OpInit(device, config.max_num_batched_tokens, _options(config, host, choice))),
+        )
+        for choice in config.op_sets
+    ]
+    layers = PluginLayers(op_sets, config.config.ops, _quantization(config, host))
+    init = ModelInit(
+        config=config.model_config,
+        device=device,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        layers=layers,
+        deterministic=config.config.deterministic,
+        checkpoint=str(config.checkpoint.folder),
+    )
+    return load_model(config.checkpoint, config.spec, init, progress or TerminalProgress())
+
+
+def build_attention(config: ResolvedConfig, host: PluginHost, model: CausalLM) -> AttentionBackend:
+    """The chosen attention backend, for the model's layers."""
+    choice = config.selected["attention"]
+    init = AttentionInit(
+        device=config.device.torch_device(),
+        dtype=config.dtype,
+        layers=model.attention_layers,
+        block_size=config.block_size,
+        max_num_reqs=config.max_num_seqs,
+        max_num_tokens=config.max_num_batched_tokens,
+        max_blocks_per_req=-(-config.max_model_len // config.block_size),
+        deterministic=config.config.deterministic,
+        options=_options(config, host, choice),
+    )
+    backend: AttentionBackend = choice.target(init)
+    return backend
+
+
+def build_pipeline(config: ResolvedConfig, host: PluginHost, vocab_size: int) -> SamplingPipeline:
+    """The sampler and the logits processors."""
+
+    def init(choice: Selection) -> SamplerInit:
+        device = config.device.torch_device()
+        return SamplerInit(device, vocab_size, config.max_num_seqs, _options(config, host, choice))
+
+    sampler = config.selected["sampler"]
+    processors = [(choice.provider.name, choice.target(init(choice))) for choice in config.processors]
+    return SamplingPipeline(sampler.target(init(sampler)), processors, init(sampler))
+
+
+def _parts(
+    config: ResolvedConfig, host: PluginHost, tokenizer: Tokenizer, executor: Executor, blocks: int
+) -> EngineParts:
+    clock = time.monotonic
+    allocator: KVAllocator = _construct(
+        config,
+        host,
+        "kv_allocator",
+        lambda options: KVInit(blocks, config.block_size, config.config.enable_prefix_caching, options),
+    )
+    policy = _construct(config, host, "scheduler_policy", PolicyInit)
+    scheduler: Scheduler = _construct(
+        config,
+        host,
+        "scheduler",
+        lambda options: SchedulerInit(
+            allocator=allocator,
+            policy=policy,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            clock=clock,
+            options=options,
+        ),
+    )
+    sinks = [
+        (choice.provider.name, choice.target(MetricsInit(config.checkpoint.name, _options(config, host, choice))))
+        for choice in config.sinks
+    ]
+    return EngineParts(
+        config=config,
+        executor=executor,
+        allocator=allocator,
+        scheduler=scheduler,
+        tokenizer=tokenizer,
+        intake=Intake(tokenizer, _limits(config, tokenizer), clock),
+        metrics=Metrics(sinks, clock),
+        on_step=_step_hook(host),
+        num_kv_blocks=blocks,
+    )
+
+
+def _limits(config: ResolvedConfig, tokenizer: Tokenizer) -> IntakeLimits:
+    vocab_size = config.spec.vocab_size(config.model_config)
+    processors = [choice.target for choice in config.processors]
+    return IntakeLimits(
+        max_model_len=config.max_model_len,
+        vocab_size=vocab_size,
+        seed=config.config.seed,
+        stop_token_ids=tokenizer.stop_token_ids,
+        validate=lambda params: validate_params(params, vocab_size, processors),
+    )
+
+
+def _step_hook(host: PluginHost) -> Callable[[StepStats], None] | None:
+    """None if nobody listens, so that a step pays nothing for the hook."""
+    if not host.has_hook("quire_on_step"):
+        return None
+    return lambda stats: host.notify("quire_on_step", stats=stats)
+
+
+def _quantization(config: ResolvedConfig, host: PluginHost) -> QuantMethod | None:
+    choice = config.quantization
+    if choice is None:
+        return None
+    stored = {name: (tensor.shape, tensor.dtype) for name, tensor in config.checkpoint.tensors.items()}
+    method: QuantMethod = choice.target(
+        QuantInit(
+            config=config.checkpoint.quantization_config,
+            stored=stored,
+            device=config.device.torch_device(),
+            dtype=config.dtype,
+            options=_options(config, host, choice),
+        )
+    )
+    return method
+
+
+def _construct(config: ResolvedConfig, host: PluginHost, point: str, init: Callable[[Any], Any]) -> Any:
+    choice = config.selected[point]
+    return choice.target(init(_options(config, host, choice)))
+
+
+def _options(config: ResolvedConfig, host: PluginHost, choice: Selection) -> Any:
+    return host.options_for(choice.provider, config.config.plugin_options)
+
+
+def _facade(config: ResolvedConfig, blocks: int) -> EngineFacade:
+    return EngineFacade(
+        model=config.checkpoint.name,
+        max_model_len=config.max_model_len,
+        num_kv_blocks=blocks,
+        block_size=config.block_size,
+        selected={point: choice.provider.name for point, choice in config.selected.items()},
+    )

@@ -1,0 +1,172 @@
+"""The engine: one model, one scheduler, one loop body. It owns no thread; `step` is called by a front end.
+
+    add -> Scheduler.add ... step -> Scheduler.schedule -> Executor.step -> Scheduler.update -> deltas
+
+Every accepted request ends in exactly one delta with `finished` set.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from quire.contract.executor import Executor
+from quire.contract.kv import KVAllocator, KVStats
+from quire.contract.metrics import StepStats
+from quire.contract.request import FinishReason, Request, RowResult, Schedule, StepResult
+from quire.contract.scheduling import Scheduler, SchedulerStats
+from quire.engine.emission import Emission
+from quire.engine.intake import Intake, Prompt, Submission
+from quire.engine.metrics import Metrics, StepTimes, step_stats
+from quire.errors import EngineDead, RequestError
+from quire.outputs import OutputDelta
+from quire.params import SamplingParams
+from quire.resolve import ResolvedConfig
+from quire.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILED_STEPS = 3
+"""Failed steps in a row after which the engine gives up; each ends the requests that were in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What an engine works with; `quire.engine.build` makes them from a configuration."""
+
+    config: ResolvedConfig
+    executor: Executor
+    allocator: KVAllocator
+    scheduler: Scheduler
+    tokenizer: Tokenizer
+    intake: Intake
+    metrics: Metrics
+    on_step: Callable[[StepStats], None] | None
+    num_kv_blocks: int
+
+
+class Engine:
+    """Runs requests to their end. `prepare` is safe from any thread, everything else belongs to one."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        self.parts = parts
+        self._emission = Emission(parts.tokenizer, self._finish)
+        self._num_sequences: dict[str, int] = {}
+        self._failed_steps = 0
+        self.last_step: StepStats | None = None
+
+    def prepare(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
+    ) -> Submission:
+        """Tokenize and check a request. Raises RequestError."""
+        return self.parts.intake.prepare(request_id, prompt, params, priority=priority, cache_salt=cache_salt)
+
+    def add(self, submission: Submission) -> None:
+        """Accept a prepared request. Raises RequestError if it can never run or its id is taken."""
+        if submission.request_id in self._num_sequences:
+            raise RequestError(f"request id {submission.request_id!r} is in use", param="request_id")
+        added: list[Request] = []
+        try:
+            for request in submission.sequences:
+                self.parts.scheduler.add(request)
+                added.append(request)
+        except RequestError:
+            for request in added:
+                self.parts.scheduler.finish(request.request_id, FinishReason.ABORT)
+            raise
+        self._num_sequences[submission.request_id] = len(submission.sequences)
+        self._emission.begin(submission)
+
+    def abort(self, request_id: str) -> list[OutputDelta]:
+        """End a request; its final deltas. Unknown or ended requests are a no-op."""
+        return self._end(request_id, FinishReason.ABORT, None)
+
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self.parts.scheduler.has_work()
+
+    def step(self) -> list[OutputDelta]:
+        """Schedule and run one step; what it added. Raises EngineDead after several failed steps in a row."""
+        parts = self.parts
+        started = time.perf_counter()
+        schedule = parts.scheduler.schedule()
+        scheduled = time.perf_counter()
+        parts.metrics.scheduled(schedule)
+        result = self._execute(schedule)
+        executed = time.perf_counter()
+        updates = parts.scheduler.update(schedule, result)
+        deltas = self._deliver(self._emission.process(updates))
+        times = StepTimes(scheduled - started, time.perf_counter() - executed)
+        if not schedule.is_empty:
+            stats = step_stats(schedule, result, updates, times, parts.scheduler, parts.allocator)
+            self._report(stats)
+        parts.metrics.updated(updates)
+        return deltas
+
+    def fail(self, error: str) -> list[OutputDelta]:
+        """End every live request with an error; their final deltas."""
+        return [
+            delta
+            for request_id in self._emission.live_ids()
+            for delta in self._end(request_id, FinishReason.ERROR, error)
+        ]
+
+    def kv_stats(self) -> KVStats:
+        """The KV pool's snapshot."""
+        return self.parts.allocator.stats()
+
+    def scheduler_stats(self) -> SchedulerStats:
+        """The queues' snapshot."""
+        return self.parts.scheduler.stats()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes. Raises RuntimeError while requests run."""
+        self.parts.allocator.reset()
+
+    def shutdown(self) -> None:
+        """Let model, caches and sinks go; idempotent."""
+        self.parts.metrics.close()
+        self.parts.executor.shutdown()
+
+    def _execute(self, schedule: Schedule) -> StepResult:
+        try:
+            result = self.parts.executor.step(schedule).result()
+        except Exception as error:
+            self._failed_steps += 1
+            logger.exception("step %d failed; its %d requests end", schedule.step_id, len(schedule.rows))
+            if self._failed_steps >= MAX_FAILED_STEPS:
+                raise EngineDead(f"{self._failed_steps} steps in a row failed, the last with: {error}") from error
+            text = f"the step failed: {type(error).__name__}: {error}"
+            rows = tuple(RowResult(row.request_id, error=text) for row in schedule.rows)
+            return StepResult(schedule.step_id, rows)
+        self._failed_steps = 0
+        return result
+
+    def _report(self, stats: StepStats) -> None:
+        self.last_step = stats
+        self.parts.metrics.step(stats)
+        if self.parts.on_step is not None:
+            self.parts.on_step(stats)
+
+    def _finish(self, sequence_id: str, reason: FinishReason) -> None:
+        request = self.parts.scheduler.finish(sequence_id, reason)
+        if request is not None:
+            self.parts.metrics.finished(request)
+
+    def _end(self, request_id: str, reason: FinishReason, error: str | None) -> list[OutputDelta]:
+        n = self._num_sequences.get(request_id, 0)
+        deltas = []
+        for key in self._emission.sequence_ids(request_id, n):
+            self._finish(key, reason)
+            delta = self._emission.end(key, reason, error)
+            if delta is not None:
+                deltas.append(delta)
+        return self._deliver(deltas)
+
+    def _deliver(self, deltas: list[OutputDelta]) -> list[OutputDelta]:
+        for delta in deltas:
+            if delta.finished:
+                del self._num_sequences[delta.request_id]
+        return deltas

@@ -1,0 +1,99 @@
+"""Embedding, norm, output head and gated MLP."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from quire.contract.model import ModelInit
+from quire.contract.ops import Activation, GatedActSpec, LinearSpec, RMSNormSpec
+from quire.layers.linear import Linear, Source
+from quire.layers.weights import WeightTable
+
+
+class Embedding:
+    """Token ids int64 [T] -> [T, hidden_size], times a constant for families that scale it."""
+
+    def __init__(self, init: ModelInit, table: WeightTable, name: str, vocab_size: int, hidden_size: int) -> None:
+        self.weight = torch.empty(0)
+        self._init = init
+        table.expect(f"{name}.weight", (vocab_size, hidden_size), self._take)
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        return functional.embedding(input_ids, self.weight)
+
+    def _take(self, tensor: Tensor) -> None:
+        self.weight = tensor.to(self._init.device, self._init.dtype, copy=True)
+
+
+class RMSNorm:
+    """`(x [T, size], residual) -> (normed, new residual)`, by the op that serves the spec."""
+
+    def __init__(
+        self, init: ModelInit, table: WeightTable, name: str, size: int, eps: float, weight_offset: float = 0.0
+    ) -> None:
+        self._op = init.layers.op(RMSNormSpec(size, eps, init.dtype, weight_offset))
+        self._init = init
+        self.weight = torch.empty(0)
+        table.expect(f"{name}.weight", (size,), self._take)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        result: tuple[Tensor, Tensor | None] = self._op(x, self.weight, residual)
+        return result
+
+    def _take(self, tensor: Tensor) -> None:
+        self.weight = tensor.to(self._init.device, self._init.dtype, copy=True)
+
+
+class Head:
+    """Hidden states -> logits float32 [R, V]. A tied head packs its own copy where the op's form differs."""
+
+    def __init__(
+        self, init: ModelInit, table: WeightTable, embedding: Embedding, sizes: tuple[int, int], *, tied: bool
+    ) -> None:
+        vocab_size, hidden_size = sizes
+        self._tied: Embedding | None = embedding if tied else None
+        self._init = init
+        self._spec = LinearSpec(hidden_size, vocab_size, False, init.dtype, init.deterministic, "lm_head")
+        self._linear: Linear | None = None
+        if tied:
+            # Some checkpoints store the tied head as well; it is the embedding once more.
+            table.expect("lm_head.weight", (vocab_size, hidden_size), lambda tensor: None, required=False)
+        else:
+            self._linear = Linear(init, table, [Source("lm_head", vocab_size)], hidden_size)
+
+    def finalize(self) -> None:
+        """Pack a tied head; the embedding has been loaded."""
+        if self._tied is not None:
+            self._op = self._init.layers.op(self._spec)
+            self._state = self._op.pack(self._tied.weight, None)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        if self._linear is not None:
+            return self._linear(hidden).float()
+        logits: Tensor = self._op(hidden, self._state).float()
+        return logits
+
+
+class GatedMLP:
+    """down(act(gate(x)) · up(x)), gate and up in one multiplication."""
+
+    def __init__(
+        self,
+        init: ModelInit,
+        table: WeightTable,
+        gate_up: list[Source],
+        down: str,
+        sizes: tuple[int, int],
+        activation: Activation,
+        *,
+        bias: bool = False,
+    ) -> None:
+        hidden_size, intermediate_size = sizes
+        self._gate_up = Linear(init, table, gate_up, hidden_size, bias=bias)
+        self._act = init.layers.op(GatedActSpec(intermediate_size, activation, init.dtype))
+        self._down = Linear(init, table, [Source(down, hidden_size)], intermediate_size, bias=bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._down(self._act(self._gate_up(x)))

@@ -1,0 +1,52 @@
+"""Where a model's layers get their operations and quantized forms: from the plugins that were chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quire.contract.model import LayerFactory
+from quire.contract.ops import LinearSpec, OpSet, OpSpec
+from quire.contract.quant import QuantLinear, QuantMethod
+from quire.errors import ConfigError
+
+DEFAULT = "default"
+
+
+class PluginLayers(LayerFactory):
+    """Picks the first op set that serves a spec, in order of priority, or the one that the user named.
+
+    Args:
+        op_sets: (name, op set), highest priority first.
+        overrides: kind of operation, or `default` -> name of the op set to use; it never falls back.
+        quantization: the method for linear layers, or None.
+    """
+
+    def __init__(
+        self,
+        op_sets: Sequence[tuple[str, OpSet]],
+        overrides: Mapping[str, str],
+        quantization: QuantMethod | None = None,
+    ) -> None:
+        self._op_sets = dict(op_sets)
+        self._overrides = overrides
+        self._quantization = quantization
+        self.chosen: dict[str, str] = {}
+
+    def op(self, spec: OpSpec) -> Any:
+        wanted = self._overrides.get(spec.kind) or self._overrides.get(DEFAULT)
+        names = [wanted] if wanted else list(self._op_sets)
+        reasons = []
+        for name in names:
+            why = self._op_sets[name].why_not(spec)
+            if not why:
+                self.chosen[spec.kind] = name
+                return self._op_sets[name].build(spec)
+            reasons.append(f"{name}: {'; '.join(why)}")
+        raise ConfigError(
+            f"no op set serves {spec.kind}: {' | '.join(reasons) or 'none is loaded'}",
+            remedy=f"change ops.{spec.kind}" if wanted else "load a plugin that provides it",
+        )
+
+    def quant_linear(self, spec: LinearSpec, sources: tuple[LinearSpec, ...]) -> QuantLinear | None:
+        return self._quantization.linear(spec, sources) if self._quantization is not None else None

@@ -1,0 +1,17 @@
+"""The parser of models that mark nothing: all text is the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quire.contract.parsing import OutputParser, ParserEvent, TextDelta
+
+
+class PlainParser(OutputParser):
+    """Passes text through."""
+
+    def feed(self, text: str, token_ids: Sequence[int]) -> list[ParserEvent]:
+        return [TextDelta(text)] if text else []
+
+    def finish(self) -> list[ParserEvent]:
+        return []

@@ -1,0 +1,136 @@
+"""Qwen's conventions: `<think>...</think>` and `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
+
+White space next to a marker belongs to the marker.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from enum import Enum
+
+from quire.contract.parsing import (
+    OutputParser,
+    ParserEvent,
+    ParserInit,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallArguments,
+    ToolCallStart,
+)
+
+THINK, END_THINK = "<think>", "</think>"
+CALL, END_CALL = "<tool_call>", "</tool_call>"
+
+
+class _Mode(Enum):
+    TEXT = (THINK, CALL)
+    REASONING = (END_THINK,)
+    CALL = (END_CALL,)
+
+
+class QwenParser(OutputParser):
+    """Splits at markers; a tool call comes out when it is complete, so its arguments are always valid JSON."""
+
+    markers = (CALL, THINK)
+
+    def __init__(self, init: ParserInit) -> None:
+        super().__init__(init)
+        self._mode = _Mode.REASONING if init.in_reasoning else _Mode.TEXT
+        self._held = ""
+        self._after_marker = init.in_reasoning
+        self._num_calls = 0
+
+    def feed(self, text: str, token_ids: Sequence[int]) -> list[ParserEvent]:
+        self._held += text
+        events: list[ParserEvent] = []
+        while True:
+            if self._after_marker:
+                self._held = self._held.lstrip()
+                if not self._held:
+                    return _merge(events)
+                self._after_marker = False
+            found = [(at, marker) for marker in self._mode.value if (at := self._held.find(marker)) >= 0]
+            if not found:
+                self._emit_safe(events)
+                return _merge(events)
+            at, marker = min(found)
+            body, self._held = self._held[:at], self._held[at + len(marker) :]
+            self._close(body, marker, events)
+
+    def finish(self) -> list[ParserEvent]:
+        held, self._held = self._held, ""
+        if self._mode is _Mode.CALL:
+            held = CALL + held
+        self._mode = _Mode.TEXT if self._mode is _Mode.CALL else self._mode
+        return [self._delta(held)] if held else []
+
+    def _emit_safe(self, events: list[ParserEvent]) -> None:
+        """Let go of what cannot be part of a marker, or the white space before one."""
+        if self._mode is _Mode.CALL:
+            return
+        safe = len(self._held) - max(_overlap(self._held, marker) for marker in self._mode.value)
+        safe = len(self._held[:safe].rstrip())
+        if safe:
+            events.append(self._delta(self._held[:safe]))
+            self._held = self._held[safe:]
+
+    def _close(self, body: str, marker: str, events: list[ParserEvent]) -> None:
+        """A marker was met after `body`."""
+        if self._mode is _Mode.CALL:
+            self._end_call(body, events)
+        elif body := body.rstrip():
+            events.append(self._delta(body))
+        self._mode = {THINK: _Mode.REASONING, CALL: _Mode.CALL}.get(marker, _Mode.TEXT)
+        self._after_marker = self._mode is not _Mode.CALL
+
+    def _end_call(self, body: str, events: list[ParserEvent]) -> None:
+        call = _parse_call(body)
+        if call is None:
+            events.append(TextDelta(CALL + body + END_CALL))
+            return
+        name, arguments = call
+        events += [ToolCallStart(self._num_calls, name), ToolCallArguments(self._num_calls, arguments)]
+        self._num_calls += 1
+
+    def _delta(self, text: str) -> ParserEvent:
+        return ReasoningDelta(text) if self._mode is _Mode.REASONING else TextDelta(text)
+
+
+def _parse_call(body: str) -> tuple[str, str] | None:
+    """(name, arguments as JSON text), or None if the body is no call."""
+    try:
+        call = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return None
+    arguments = call.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return None
+    return (call["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+
+
+def _overlap(text: str, marker: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `marker`."""
+    for length in range(min(len(marker) - 1, len(text)), 0, -1):
+        if text.endswith(marker[:length]):
+            return length
+    return 0
+
+
+def _merge(events: list[ParserEvent]) -> list[ParserEvent]:
+    """Join neighbouring pieces of the same kind."""
+    merged: list[ParserEvent] = []
+    for event in events:
+        last = merged[-1] if merged else None
+        if isinstance(event, TextDelta) and isinstance(last, TextDelta):
+            merged[-1] = TextDelta(last.text + event.text)
+        elif isinstance(event, ReasoningDelta) and isinstance(last, ReasoningDelta):
+            merged[-1] = ReasoningDelta(last.text + event.text)
+        else:
+            merged.append(event)
+    return merged

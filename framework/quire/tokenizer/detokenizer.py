@@ -1,0 +1,139 @@
+"""Incremental text of one sequence: whole characters only, and nothing that may yet become a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quire.params import SamplingParams
+from quire.tokenizer.tokenizer import Tokenizer
+
+CONTEXT = 6
+"""Prompt tokens that are decoded along, so that the first token keeps its leading space."""
+INCOMPLETE = "\ufffd"
+"""What decoders put where bytes do not make up a character yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What an update produced.
+
+    Attributes:
+        text: new text.
+        stop_string: the stop string that ends the sequence, if one was met.
+        num_tokens: how many of the update's tokens count; None: all. Fewer only with a stop string.
+    """
+
+    text: str = ""
+    stop_string: str | None = None
+    num_tokens: int | None = None
+
+
+class IncrementalDetokenizer:
+    """Text of one sequence, token by token. The pieces join to the text of all tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
+        self._params = params
+        self._decoder = _Decoder(tokenizer, prompt_token_ids, params.skip_special_tokens)
+        self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
+        self._num_tokens = 0
+
+    def update(self, token_ids: Sequence[int], *, finished: bool) -> Piece:
+        """Take new tokens; with `finished`, held-back text comes out too."""
+        if not self._params.detokenize:
+            return Piece()
+        text = ""
+        for count, token in enumerate(token_ids, start=1):
+            self._num_tokens += 1
+            fresh, stop = self._feed(self._decoder.add(token))
+            text += fresh
+            if stop is not None:
+                return Piece(text, stop, count)
+        if finished:
+            rest, stop = self._feed(self._decoder.flush())
+            text += rest
+            if stop is not None:
+                return Piece(text, stop, len(token_ids))
+            text += self._stops.flush()
+        return Piece(text)
+
+    def finish(self) -> str:
+        """What is still held back."""
+        return self.update((), finished=True).text
+
+    def _feed(self, text: str) -> tuple[str, str | None]:
+        if self._num_tokens <= self._params.min_tokens and self._params.min_tokens:
+            return text, None
+        return self._stops.feed(text)
+
+
+class _Decoder:
+    """Decodes a sliding window: the tokens of the last emitted piece give the context for the next."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._window = list(prompt_token_ids[-CONTEXT:])
+        self._done = len(self._window)
+
+    def add(self, token: int) -> str:
+        self._window.append(token)
+        text = self._fresh()
+        if not text or text.endswith(INCOMPLETE):
+            return ""
+        self._advance()
+        return text
+
+    def flush(self) -> str:
+        text = self._fresh()
+        self._advance()
+        return text
+
+    def _fresh(self) -> str:
+        before = self._decode(self._window[: self._done])
+        return self._decode(self._window)[len(before) :]
+
+    def _advance(self) -> None:
+        self._window = self._window[self._done :]
+        self._done = len(self._window)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip)
+
+
+class StopStrings:
+    """Finds stop strings in text that arrives in pieces; holds back what may be the start of one."""
+
+    def __init__(self, stops: Sequence[str], include: bool) -> None:
+        self._stops = tuple(stops)
+        self._include = include
+        self._held = ""
+
+    def feed(self, text: str) -> tuple[str, str | None]:
+        """(text that may be shown, the stop string that was met or None)."""
+        if not self._stops:
+            return text, None
+        whole = self._held + text
+        found = [(at, stop) for stop in self._stops if (at := whole.find(stop)) >= 0]
+        if found:
+            at, stop = min(found, key=lambda pair: (pair[0], -len(pair[1])))
+            self._held = ""
+            return whole[: at + len(stop) if self._include else at], stop
+        keep = self._longest_start(whole)
+        self._held = whole[len(whole) - keep :]
+        return whole[: len(whole) - keep], None
+
+    def flush(self) -> str:
+        """What is held back, once nothing can follow."""
+        held, self._held = self._held, ""
+        return held
+
+    def _longest_start(self, text: str) -> int:
+        """Length of the longest end of `text` that some stop string begins with."""
+        longest = 0
+        for stop in self._stops:
+            for length in range(min(len(stop) - 1, len(text)), longest, -1):
+                if text.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest

@@ -1,0 +1,154 @@
+"""A checkpoint's tokenizer, its chat template, and the tokens that end an answer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quire.errors import ConfigError, RequestError
+
+PRIVATE_USE = range(0xE000, 0xE100)
+"""Characters that stand for nothing; one that no message contains marks where text must not join."""
+UNTRUSTED_ROLES = frozenset({"user", "tool", "ipython"})
+"""Roles whose text comes from outside; special tokens spelt out in it must stay plain text."""
+
+
+class Tokenizer:
+    """Wraps the tokenizer that transformers loads from a checkpoint. Safe to use from several threads.
+
+    Args:
+        folder: the checkpoint.
+        generation_config: the checkpoint's generation_config.json, which may name further end tokens.
+        chat_template: a Jinja template instead of the checkpoint's.
+
+    Raises:
+        ConfigError: the folder holds no tokenizer that can be loaded.
+    """
+
+    def __init__(
+        self, folder: Path, generation_config: Mapping[str, Any] | None = None, chat_template: str | None = None
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"the tokenizer of {folder} cannot be loaded: {str(error).splitlines()[0]}",
+                remedy="the folder needs tokenizer.json and tokenizer_config.json",
+            ) from error
+        if chat_template is not None:
+            self._tokenizer.chat_template = chat_template
+        self.stop_token_ids = self._end_tokens(generation_config or {})
+        self._specials = sorted({*self._tokenizer.all_special_tokens, *self._tokenizer.get_added_vocab()}, key=len)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template, or None."""
+        template = self._tokenizer.chat_template
+        return template if isinstance(template, str) else None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; special tokens spelt out in the text are recognised."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of token ids."""
+        text: str = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text."""
+        return self.decode([token_id])
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **template_arguments: Any,
+    ) -> str:
+        """The conversation as the template writes it. Raises RequestError without one, or if it refuses."""
+        if not messages:
+            raise RequestError("messages is empty", param="messages", remedy="give at least one message")
+        if chat_template is None and self.chat_template is None:
+            raise RequestError(
+                "the model has no chat template",
+                param="messages",
+                remedy="set chat_template to a Jinja file, or send a plain prompt",
+            )
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] if tools else None,
+                chat_template=chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+                **template_arguments,
+            )
+        except Exception as error:  # Jinja's errors, the template's own raise_exception, bad message shapes
+            raise RequestError(f"the chat template refused the messages: {error}", param="messages") from error
+        return text
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> list[int]:
+        """The conversation's token ids; arguments as for `render_chat`.
+
+        Text of users and tools never yields a special token: one that is spelt out there is cut in
+        two before the template runs, and the parts are tokenized apart.
+        """
+        joint = self._joint(messages)
+        if joint is None:
+            return self.encode(self.render_chat(messages, **arguments), add_special_tokens=False)
+        text = self.render_chat([self._defuse(message, joint) for message in messages], **arguments)
+        return [token for piece in text.split(joint) for token in self.encode(piece, add_special_tokens=False)]
+
+    def _joint(self, messages: Sequence[Mapping[str, Any]]) -> str | None:
+        """A character that no message contains, if any untrusted text spells out a special token."""
+        texts = [text for message in messages if message.get("role") in UNTRUSTED_ROLES for text in _texts(message)]
+        if not any(special in text for text in texts for special in self._specials):
+            return None
+        everything = repr(list(messages)) + "".join(texts)
+        return next(chr(code) for code in PRIVATE_USE if chr(code) not in everything)
+
+    def _defuse(self, message: Mapping[str, Any], joint: str) -> dict[str, Any]:
+        changed = copy.deepcopy(dict(message))
+        if message.get("role") not in UNTRUSTED_ROLES:
+            return changed
+        content = changed.get("content")
+        if isinstance(content, str):
+            changed["content"] = self._cut(content, joint)
+        elif isinstance(content, list):
+            for part in content:
+                if isinstance(part, dict) and isinstance(part.get("text"), str):
+                    part["text"] = self._cut(part["text"], joint)
+        return changed
+
+    def _cut(self, text: str, joint: str) -> str:
+        for special in self._specials:
+            text = text.replace(special, special[0] + joint + special[1:])
+        return text
+
+    def _end_tokens(self, generation_config: Mapping[str, Any]) -> frozenset[int]:
+        named = generation_config.get("eos_token_id")
+        ids = {named} if isinstance(named, int) else set(named or ())
+        if self._tokenizer.eos_token_id is not None:
+            ids.add(self._tokenizer.eos_token_id)
+        return frozenset(ids)
+
+
+def _texts(message: Mapping[str, Any]) -> list[str]:
+    content = message.get("content")
+    if isinstance(content, str):
+        return [content]
+    if isinstance(content, list):
+        return [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    return []

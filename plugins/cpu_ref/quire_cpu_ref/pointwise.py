@@ -1,0 +1,49 @@
+"""Norms and activations, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from quire.plugin import GatedActSpec, RMSNormSpec
+from torch import Tensor
+from torch.nn import functional
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+}
+
+
+class TorchRMSNorm:
+    """RMS norm (Zhang and Sennrich 2019) in float32, with the residual added first if there is one."""
+
+    def __init__(self, spec: RMSNormSpec) -> None:
+        self.spec = spec
+
+    def __call__(self, x: Tensor, weight: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        if residual is not None:
+            x = residual = residual + x
+        spec = self.spec
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + spec.eps)
+        if spec.weight_offset:
+            normed = (wide * (weight.float() + spec.weight_offset)).to(x.dtype)
+        else:
+            normed = wide.to(x.dtype) * weight
+        return normed, residual
+
+
+class TorchGatedAct:
+    """Gate and value stand side by side in one tensor."""
+
+    def __init__(self, spec: GatedActSpec) -> None:
+        self._size = spec.size
+        self._activation = _ACTIVATIONS[spec.activation]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # A contiguous copy of the gate: a strided view would take another, scalar path for odd rows,
+        # and a row's result must not depend on where it stands.
+        gate = self._activation(x[..., : self._size].contiguous())
+        return gate * x[..., self._size :]
