@@ -83,7 +83,7 @@ class EngineConfig(BaseModel):
     output_parser: str = at("plugins.output_parser", "auto")
     """Name of an output parser; auto: by the markers in the chat template."""
     ops: Mapping[str, str] = at("plugins.ops", {})
-    """Kind of operation -> name of the op set to use; `default`: the op set that is asked first for all other kinds."""
+    """Kind of operation -> name of the op set to use; `default` stands for all kinds that are not named."""
     logits_processors: Names = at("plugins.logits_processors", ())
     """Further logits processors, beside the built-in ones."""
     metrics_sinks: Names = at("plugins.metrics_sinks", ())

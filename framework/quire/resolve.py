@@ -16,7 +16,7 @@ from quire.contract.model import ModelSpec
 from quire.errors import ConfigError, UnsupportedModel
 from quire.host.suggest import suggest
 from quire.loader.checkpoint import Checkpoint
-from quire.registry import AUTO, Check, PluginHost, Selection
+from quire.registry import AUTO, Candidate, Check, PluginHost, Selection
 
 logger = logging.getLogger(__name__)
 
@@ -71,16 +71,6 @@ class ResolvedConfig:
     op_sets: tuple[Selection, ...]
     sinks: tuple[Selection, ...]
     quantization: Selection | None
-
-    def op_sets_for(self, kind: str) -> tuple[Selection, ...]:
-        """The op sets that may serve a kind of operation, in the order in which they are asked.
-
-        A kind that `ops` names has one; nothing stands in for it.
-        """
-        wanted = self.config.ops.get(kind)
-        if wanted is None:
-            return self.op_sets
-        return tuple(choice for choice in self.op_sets if wanted in (choice.provider.name, choice.name))
 
     def to_dict(self) -> dict[str, Any]:
         """Printable values, decided ones in place of `auto`; secrets in plugins' options are masked."""
@@ -151,18 +141,11 @@ def select_model(host: PluginHost, config: Mapping[str, Any]) -> Selection:
     Raises:
         UnsupportedModel: none fits; says why each does not.
     """
-    named = config.get("architectures")
-    architectures = [str(name) for name in named] if isinstance(named, (list, tuple)) else []
-
-    def check(spec: ModelSpec) -> list[str]:
-        if spec.architectures and not spec.architectures & set(architectures):
-            return [f"serves {', '.join(sorted(spec.architectures))}"]
-        return spec.why_not(config)
-
+    check = model_check(config)
     try:
         return host.select("model", AUTO, check=check)
     except ConfigError:
-        label = ", ".join(architectures) or "(the config names none)"
+        label = ", ".join(_architectures(config)) or "(the config names none)"
         reasons = [
             f"{item.provider.name}: {'; '.join(item.reasons)}"
             for item in host.explain("model", check=check)
@@ -171,6 +154,47 @@ def select_model(host: PluginHost, config: Mapping[str, Any]) -> Selection:
         text = f"no model provider takes the architecture {label}"
         remedy = "`quire plugins explain model` lists what is served; a plugin can add an architecture"
         raise UnsupportedModel(text + (f": {' | '.join(reasons)}" if reasons else ""), remedy=remedy) from None
+
+
+def model_check(config: Mapping[str, Any]) -> Check:
+    """The check that decides whether a model spec serves a checkpoint's config.json."""
+    architectures = frozenset(_architectures(config))
+
+    def check(spec: ModelSpec) -> list[str]:
+        if spec.architectures and not spec.architectures & architectures:
+            return [f"serves {', '.join(sorted(spec.architectures))}"]
+        return spec.why_not(config)
+
+    return check
+
+
+def _architectures(config: Mapping[str, Any]) -> list[str]:
+    named = config.get("architectures")
+    return [str(name) for name in named] if isinstance(named, (list, tuple)) else []
+
+
+def explain_point(config: EngineConfig, host: PluginHost, point: str, checkpoint: Checkpoint | None) -> list[Candidate]:
+    """Every candidate for a point as `resolve` would judge it, with its reasons.
+
+    Args:
+        config: what the user said.
+        host: the loaded plugins.
+        point: the extension point.
+        checkpoint: the model; needed for `attention` and `model`, whose choice depends on it.
+    """
+    wanted = next((getattr(config, name) for name, known in POINT_OF_FIELD.items() if known == point), AUTO)
+    if point == "device":
+        return host.explain(point, config.device)
+    if point == "model" and checkpoint is not None:
+        return host.explain(point, check=model_check(checkpoint.config))
+    _, device = select_device(config, host)
+    device_type = device.torch_device().type
+    if point != "attention" or checkpoint is None:
+        return host.explain(point, wanted, device_type=device_type)
+    spec: ModelSpec = select_model(host, checkpoint.config).target
+    dtype = _dtype(config, checkpoint, device)
+    check = attention_check(spec, spec.config_from_hf(checkpoint.config), dtype, device_type, config)
+    return host.explain(point, wanted, device_type=device_type, check=check)
 
 
 def attention_check(
@@ -224,7 +248,7 @@ def _max_model_len(config: EngineConfig, longest: int) -> int:
 
 
 def _op_sets(config: EngineConfig, host: PluginHost, device_type: str) -> tuple[Selection, ...]:
-    """All op sets that run on the device; the one that `ops.default` names stands first."""
+    """All op sets that run on the device, highest priority first; those that `ops` names must be among them."""
     fitting = [item for item in host.explain("op", device_type=device_type) if not item.reasons]
     usable = [host.select("op", f"{item.plugin}:{item.provider.name}", device_type=device_type) for item in fitting]
     known = {kind for choice in usable for kind in choice.target.kinds} | {OP_DEFAULT}
@@ -232,9 +256,7 @@ def _op_sets(config: EngineConfig, host: PluginHost, device_type: str) -> tuple[
         if kind not in known:
             raise ConfigError(f"ops.{kind}: there is no such kind of operation", remedy=suggest(kind, known))
         wanted = host.select("op", name, device_type=device_type)
-        if kind == OP_DEFAULT:
-            usable.sort(key=lambda choice: choice.provider is not wanted.provider)
-        elif kind not in wanted.target.kinds:
+        if kind != OP_DEFAULT and kind not in wanted.target.kinds:
             raise ConfigError(f"ops.{kind} is {name!r}, which serves {', '.join(sorted(wanted.target.kinds))} only")
     return tuple(usable)
 

@@ -1,0 +1,161 @@
+"""The program's root: global options, subcommands (plugins' too), errors as cause and remedy, exit codes.
+
+0 ok, 1 an unexpected failure, 2 usage or configuration, 3 model not found, 4 out of memory, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+import typer.main
+
+from quire.cli import bench, check, explain, plugins, run, show
+from quire.cli.console import errors, print_error
+from quire.cli.session import Globals, load_host
+from quire.config import special_variable
+from quire.errors import ConfigError, QuireError
+from quire.version import __version__
+
+logger = logging.getLogger(__name__)
+
+INTERRUPTED = 130
+
+
+class QuireGroup(typer.core.TyperGroup):
+    """The root command: finds plugins' subcommands, and turns errors into two lines and an exit code."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*self.commands, *sorted(self._plugin_commands(ctx))]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return self.commands.get(cmd_name) or self._plugin_commands(ctx).get(cmd_name)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except QuireError as error:
+            code, cause, remedy = error.exit_code, error.message, error.remedy
+        except KeyboardInterrupt:
+            code, cause, remedy = INTERRUPTED, "interrupted", ""
+        except (OSError, MemoryError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            if isinstance(error, (typer.Exit, typer.Abort, BrokenPipeError)):
+                raise
+            code, cause = 1, f"{type(error).__name__}: {error}"
+            remedy = "this should not happen; run again with `quire --debug ...` and report the traceback"
+        if ctx.params.get("debug"):
+            traceback.print_exc()
+        print_error(cause, remedy)
+        raise typer.Exit(code)
+
+    def _plugin_commands(self, ctx: Any) -> dict[str, Any]:
+        """Subcommands that plugins add; the plugins are loaded on the first call and only then."""
+        found: dict[str, Any] | None = ctx.meta.get("quire.commands")
+        if found is None:
+            try:
+                host = load_host(Globals.of(ctx.params))
+                found = _collect_commands(host, taken=set(self.commands))
+            except QuireError as error:
+                # An unknown command is the lesser news; a command that exists must not fail here.
+                logger.warning("plugins' commands are not available: %s", error)
+                found = {}
+            ctx.meta["quire.commands"] = found
+        return found
+
+
+def _collect_commands(host: Any, taken: set[str]) -> dict[str, Any]:
+    app = typer.Typer()
+
+    @app.command(name="-unused", hidden=True)
+    def unused() -> None:
+        """Keeps typer from folding a single command into the group."""
+
+    @app.callback()
+    def group() -> None:
+        """As above, should there be none."""
+
+    host.notify("quire_cli", app=app)
+    commands = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    commands.pop("-unused")
+    for name in sorted(taken & set(commands)):
+        logger.warning("a plugin's command %r is left out: Quire has one of that name", name)
+        del commands[name]
+    return commands
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _blocked(values: list[str] | None) -> list[str]:
+    for value in values or ():
+        if not value.startswith("no:") or value == "no:":
+            raise typer.BadParameter(f"{value!r} does not name a plugin to leave out; write no:NAME")
+    return values or []
+
+
+app = typer.Typer(
+    cls=QuireGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run large language models with plugins for every part. `quire run` chats with the bundled model.",
+)
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    p: Annotated[
+        list[str] | None, typer.Option("-p", metavar="no:NAME", callback=_blocked, help="Do not load a plugin.")
+    ] = None,
+    plugin: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Load a plugin from one file.")] = None,
+    strict_plugins: Annotated[
+        bool, typer.Option("--strict-plugins", help="A plugin that fails to load is an error.")
+    ] = False,
+    config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="YAML or TOML file.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Log everything; show a traceback on an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="And exit.")] = False,
+) -> None:
+    """Keep the global options for the subcommand."""
+    context.obj = Globals.of(context.params)
+    _set_up_logging(debug)
+
+
+def _set_up_logging(debug: bool) -> None:
+    level = "debug" if debug else (special_variable("QUIRE_LOG_LEVEL") or "warning")
+    known = ("debug", "info", "warning", "error", "critical")
+    if level.lower() not in known:
+        raise ConfigError(f"QUIRE_LOG_LEVEL is {level!r}", remedy=f"use one of {', '.join(known)}")
+    handler = logging.StreamHandler(errors().file)
+    handler.setFormatter(
+        logging.Formatter("%(levelname)s %(name)s: %(message)s" if debug else "%(levelname)s: %(message)s")
+    )
+    quire = logging.getLogger("quire")
+    quire.handlers[:] = [handler]
+    quire.setLevel(level.upper())
+    quire.propagate = False
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="quire")
+
+
+run.register(app)
+plugins.register(app, explain.explain)
+show.register(app)
+check.register(app)
+bench.register(app)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)

@@ -1,0 +1,56 @@
+"""`quire plugins explain`: why each provider of a point was or was not chosen."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from quire.cli.console import note, print_table
+from quire.cli.session import open_session
+from quire.loader.checkpoint import BUNDLED, resolve_checkpoint
+from quire.registry import Candidate
+from quire.resolve import explain_point
+
+
+def explain(
+    context: typer.Context,
+    point: Annotated[str, typer.Argument(metavar="POINT", help="Such as attention.")],
+    model: Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="For which model.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Say why each candidate for an extension point was or was not chosen."""
+    session = open_session(context, {} if model is None else {"model": model})
+    config = session.configured.config
+    session.host.providers(point)  # an unknown point is the first thing to say
+    checkpoint = resolve_checkpoint(config.model, config.revision) if point in ("attention", "model") else None
+    if checkpoint is not None and config.model is None:
+        note(f"no model named: explained for the bundled {BUNDLED}")
+    table = explain_point(config, session.host, point, checkpoint)
+    if as_json:
+        typer.echo(json.dumps([_as_dict(candidate) for candidate in table], indent=2))
+        return
+    rows = [
+        (item.provider.name, item.plugin, str(item.provider.priority), "yes" if item.chosen else "no", _why(item))
+        for item in table
+    ]
+    print_table(("NAME", "PLUGIN", "PRIORITY", "CHOSEN", "WHY"), rows)
+
+
+def _why(item: Candidate) -> str:
+    if item.chosen:
+        return "the highest priority that fits, or asked for by name"
+    return "; ".join(item.reasons) or item.note
+
+
+def _as_dict(item: Candidate) -> dict[str, object]:
+    return {
+        "point": item.provider.point,
+        "name": item.provider.name,
+        "plugin": item.plugin,
+        "priority": item.provider.priority,
+        "chosen": item.chosen,
+        "reasons": list(item.reasons),
+        "note": item.note,
+    }
