@@ -54,7 +54,7 @@ class EngineConfig(BaseModel):
     """Most requests that run at once."""
     max_num_batched_tokens: Count = at("engine.max_num_batched_tokens", 2048, ge=1, le=1 << 20)
     """Most tokens of one step; a longer prompt is computed in pieces."""
-    seed: int = at("engine.seed", 0, ge=0, le=2**63 - 1)
+    seed: Count = at("engine.seed", 0, ge=0, le=2**63 - 1)
     """Seed of requests that bring none."""
     deterministic: bool = at("engine.deterministic", False)
     """A request's tokens do not depend on what else is in the batch; slower."""

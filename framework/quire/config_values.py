@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
@@ -25,8 +26,8 @@ def parse_count(value: Any) -> Any:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?b?\s*", value.lower())
     if match is None:
         return value
-    exact = float(match[1]) * _UNITS[match[2] or ""]
-    return int(exact) if exact.is_integer() else value
+    exact = Fraction(match[1]) * _UNITS[match[2] or ""]
+    return exact.numerator if exact.denominator == 1 else value
 
 
 def parse_names(value: Any) -> Any:

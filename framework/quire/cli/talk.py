@@ -138,11 +138,15 @@ class Talker:
         request_id = f"chat-{self._count}"
         self.engine.add(self.engine.prepare(request_id, prompt, self.params))
         finished = False
-        while not finished:
-            ended = self.engine.abort(request_id) if interrupt.requested else []
-            for delta in [*ended, *self.engine.step()]:
-                finished = finished or delta.finished
-                yield delta
+        try:
+            while not finished:
+                ended = self.engine.abort(request_id) if interrupt.requested else []
+                for delta in [*ended, *self.engine.step()]:
+                    finished = finished or delta.finished
+                    yield delta
+        finally:
+            if not finished:  # the reader failed, or left
+                self.engine.abort(request_id)
 
 
 class Writer:

@@ -17,7 +17,8 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     settings = settings_of(config)
     bias = settings.get("attention_bias", bool, False)
     sizes = ExpertSizes(
-        num_experts=settings.get("num_experts", int),
+        # transformers 5 writes the second name.
+        num_experts=settings.optional("num_experts", int) or settings.get("num_local_experts", int),
         top_k=settings.get("num_experts_per_tok", int),
         hidden_size=settings.get("hidden_size", int),
         intermediate_size=settings.get("moe_intermediate_size", int),
