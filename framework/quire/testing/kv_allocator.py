@@ -1,0 +1,321 @@
+"""Conformance of KV allocators, against a model that knows what every slot holds.
+
+The model keeps the content of each slot as (salt, tokens up to and including that position). An
+allocator is right if a request's table always holds its own tokens, whatever was shared, copied,
+forked, evicted or freed; and if every call that fails leaves no trace.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+
+from quire.contract.kv import NULL_BLOCK, Allocation, KVAllocator, KVInit, PrefixHit, PrefixQuery
+
+Content = tuple[str, tuple[int, ...]]
+"""What a slot holds: the salt, and the tokens from the request's beginning up to this one."""
+
+
+@dataclass
+class _Request:
+    salt: str
+    tokens: list[int]
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    num_adopted: int = 0
+
+
+class KVModel:
+    """Drives an allocator and checks it after every operation.
+
+    Args:
+        allocator: the one under test, freshly made.
+        seed: of the random choices.
+        vocab: tokens are below it; few, so that prefixes meet often.
+    """
+
+    def __init__(self, allocator: KVAllocator, seed: int, vocab: int = 3) -> None:
+        self.allocator = allocator
+        self.rng = random.Random(seed)
+        self._vocab = vocab
+        self._size = allocator.init.block_size
+        self._slots: dict[int, Content] = {}
+        self._requests: dict[str, _Request] = {}
+        self._count = 0
+
+    def step(self) -> None:
+        """One random operation, then every invariant."""
+        operations = (self.start, self.start, self.grow, self.grow, self.grow, self.fork, self.free, self.discard)
+        self.rng.choice(operations)()
+        self.check()
+
+    def start(self) -> None:
+        """A request comes with a prompt, takes what the cache has, and computes part of the rest."""
+        salt = self.rng.choice(("", "", "tenant"))
+        tokens = self._prompt()
+        hit = self.allocator.match_prefix(PrefixQuery(tokens[:-1], salt))
+        self._check_hit(hit, tokens, salt)
+        name = f"r{self._count}"
+        self._count += 1
+        goal = self.rng.randrange(hit.num_tokens + 1, len(tokens) + 1)
+        allocation = self._attempt(lambda: self.allocator.allocate(name, goal, hit))
+        if allocation is None:
+            return
+        request = self._requests[name] = _Request(salt, tokens, hit.num_tokens)
+        self._granted(request, allocation, num_adopted=hit.num_tokens // self._size)
+        self._compute(name, goal)
+
+    def grow(self) -> None:
+        """A request computes some more tokens, perhaps new ones."""
+        if not self._requests:
+            return
+        name = self.rng.choice(list(self._requests))
+        request = self._requests[name]
+        goal = request.num_computed + self.rng.randrange(1, self._size + 2)
+        allocation = self._attempt(lambda: self.allocator.allocate(name, goal))
+        if allocation is None:
+            return
+        while len(request.tokens) < goal:
+            request.tokens.append(self.rng.randrange(self._vocab))
+        self._granted(request, allocation)
+        self._compute(name, goal)
+
+    def fork(self) -> None:
+        """A request begins as the copy of another."""
+        if not self._requests:
+            return
+        parent_name = self.rng.choice(list(self._requests))
+        parent = self._requests[parent_name]
+        count = self.rng.randrange(1, parent.num_computed + 1)
+        name = f"r{self._count}"
+        self._count += 1
+        allocation = self._attempt(lambda: self.allocator.fork(parent_name, name, count))
+        if allocation is None:
+            return
+        child = self._requests[name] = _Request(parent.salt, parent.tokens[:count], count)
+        self._granted(child, allocation, num_adopted=count // self._size)
+
+    def free(self) -> None:
+        """A request ends."""
+        if self._requests:
+            name = self.rng.choice(list(self._requests))
+            del self._requests[name]
+            self.allocator.free(name)
+            assert self.allocator.blocks(name) == ()
+
+    def discard(self) -> None:
+        """A request fails, seldom; nobody may hit what it computed."""
+        if not self._requests or self.rng.random() < 0.8:
+            return
+        name = self.rng.choice(list(self._requests))
+        request = self._requests.pop(name)
+        self.allocator.discard(name)
+        for block in request.blocks[request.num_adopted :]:
+            if not any(block in other.blocks for other in self._requests.values()):
+                self._poison(block)
+
+    def drain(self) -> None:
+        """End everything; the pool must be whole again."""
+        for name in list(self._requests):
+            self.allocator.free(name)
+        self._requests.clear()
+        stats = self.allocator.stats()
+        assert (stats.free, stats.used, stats.wasted_tokens) == (stats.total, 0, 0), "blocks were lost"
+        self.allocator.check()
+
+    def check(self) -> None:
+        """The allocator's own invariants, and the model's view of every request."""
+        self.allocator.check()
+        stats = self.allocator.stats()
+        owned = {block for request in self._requests.values() for block in request.blocks}
+        assert stats.total == self.allocator.init.num_blocks - 1
+        assert stats.used == len(owned), "used blocks are miscounted"
+        assert stats.free == stats.total - stats.used, "free blocks are miscounted"
+        for name, request in self._requests.items():
+            assert list(self.allocator.blocks(name)) == request.blocks, "the table changed behind the request's back"
+        waste = stats.wasted_tokens
+        assert 0 <= waste <= len(self._requests) * (self._size - 1), "more than a partial block per request is wasted"
+
+    def _prompt(self) -> list[int]:
+        length = self.rng.randrange(1, 5 * self._size)
+        known = [request.tokens for request in self._requests.values()]
+        if known and self.rng.random() < 0.5:
+            base = self.rng.choice(known)
+            start = base[: self.rng.randrange(len(base) + 1)]
+            return (start + [self.rng.randrange(self._vocab) for _ in range(length)])[: max(1, length)]
+        # Few distinct beginnings, so that content meets again after its request has ended.
+        beginning = random.Random(self.rng.randrange(4))
+        return [beginning.randrange(self._vocab) for _ in range(length)]
+
+    def _attempt(self, call: object) -> Allocation | None:
+        before = self.allocator.stats()
+        result: Allocation | None = call()  # type: ignore[operator]
+        if result is None:
+            assert self.allocator.stats() == before, "a refused call left a trace"
+        return result
+
+    def _check_hit(self, hit: PrefixHit, tokens: list[int], salt: str) -> None:
+        assert hit.num_tokens <= max(0, len(tokens) - 1)
+        assert len(hit.block_ids) == -(-hit.num_tokens // self._size)
+        for position in range(hit.num_tokens):
+            slot = hit.block_ids[position // self._size] * self._size + position % self._size
+            assert self._slots.get(slot) == (salt, tuple(tokens[: position + 1])), "a hit on unequal content"
+
+    def _granted(self, request: _Request, allocation: Allocation, num_adopted: int = 0) -> None:
+        assert NULL_BLOCK not in allocation.block_ids, "the null block was granted"
+        request.num_adopted += num_adopted
+        fresh = allocation.block_ids[num_adopted:]
+        others = {block for other in self._requests.values() if other is not request for block in other.blocks}
+        assert not set(fresh) & (others | set(request.blocks)), "a block was granted twice"
+        copied = {
+            copy.dst * self._size + offset: self._slots.get(copy.src * self._size + offset)
+            for copy in allocation.copies
+            for offset in range(copy.num_tokens)
+        }
+        for block in fresh:
+            self._poison(block)
+        self._slots.update({slot: content for slot, content in copied.items() if content is not None})
+        request.blocks.extend(allocation.block_ids)
+        self._check_content(request)
+
+    def _compute(self, name: str, goal: int) -> None:
+        request = self._requests[name]
+        for position in range(request.num_computed, goal):
+            slot = request.blocks[position // self._size] * self._size + position % self._size
+            owners = sum(request.blocks[position // self._size] in other.blocks for other in self._requests.values())
+            assert owners == 1, "a shared block would be written"
+            self._slots[slot] = (request.salt, tuple(request.tokens[: position + 1]))
+        request.num_computed = goal
+        self._check_content(request)
+        self.allocator.commit(name, request.tokens, goal)
+
+    def _check_content(self, request: _Request) -> None:
+        for position in range(request.num_computed):
+            slot = request.blocks[position // self._size] * self._size + position % self._size
+            wanted = (request.salt, tuple(request.tokens[: position + 1]))
+            assert self._slots.get(slot) == wanted, f"position {position} holds something else"
+
+    def _poison(self, block: int) -> None:
+        for slot in range(block * self._size, (block + 1) * self._size):
+            self._slots.pop(slot, None)
+
+
+class KVAllocatorConformance:
+    """What every KV allocator must hold. Subclass, and give the fixture `allocator_class`."""
+
+    num_operations = 2_000
+    """Operations of the random walk, per pool shape."""
+
+    @pytest.fixture
+    def allocator_class(self) -> type[KVAllocator]:
+        """The class under test."""
+        raise pytest.UsageError("define the fixture `allocator_class`")
+
+    def make(self, allocator_class: type[KVAllocator], num_blocks: int = 9, block_size: int = 4) -> KVAllocator:
+        return allocator_class(KVInit(num_blocks, block_size))
+
+    @pytest.mark.parametrize(("num_blocks", "block_size"), [(2, 1), (6, 2), (9, 4), (30, 3)])
+    def test_random_walk(self, allocator_class: type[KVAllocator], num_blocks: int, block_size: int) -> None:
+        """Random starts, growth, forks, frees and failures in pools that are always short."""
+        model = KVModel(self.make(allocator_class, num_blocks, block_size), seed=num_blocks)
+        for _ in range(self.num_operations):
+            model.step()
+        model.drain()
+
+    def test_shares_full_blocks_without_copying(self, allocator_class: type[KVAllocator]) -> None:
+        """A second request with the same beginning owns the very blocks of the first."""
+        allocator = self.make(allocator_class)
+        first = self.run(allocator, "a", list(range(10)))
+        hit = allocator.match_prefix(PrefixQuery([*range(8), 77, 78]))
+        assert hit.num_tokens >= 8
+        assert hit.block_ids[:2] == first[:2]
+        assert allocator.allocate("b", 10, hit) is not None
+        assert allocator.blocks("b")[:2] == first[:2]
+        assert allocator.stats().used == 4
+
+    def test_salts_do_not_share(self, allocator_class: type[KVAllocator]) -> None:
+        """The same tokens under another salt are not found (a side channel between tenants)."""
+        allocator = self.make(allocator_class)
+        self.run(allocator, "a", list(range(8)), salt="one")
+        assert allocator.match_prefix(PrefixQuery(list(range(8)), "two")).num_tokens == 0
+        assert allocator.match_prefix(PrefixQuery(list(range(8)), "one")).num_tokens == 8
+
+    def test_caching_can_be_switched_off(self, allocator_class: type[KVAllocator]) -> None:
+        """Without prefix caching nothing is ever found."""
+        allocator = allocator_class(KVInit(9, 4, enable_prefix_caching=False))
+        self.run(allocator, "a", list(range(8)))
+        assert allocator.match_prefix(PrefixQuery(list(range(8)))).num_tokens == 0
+        allocator.free("a")
+        assert allocator.stats().cached == 0
+
+    def test_least_recently_used_goes_first(self, allocator_class: type[KVAllocator]) -> None:
+        """What was used last is found longest, and a prefix outlives what followed it."""
+        allocator = self.make(allocator_class, num_blocks=7)
+        for name, start in (("a", 0), ("b", 100)):
+            self.run(allocator, name, list(range(start, start + 12)))
+            allocator.free(name)
+        allocator.allocate("new", 8)
+        assert allocator.match_prefix(PrefixQuery(list(range(100, 112)))).num_tokens == 12
+        assert allocator.match_prefix(PrefixQuery(list(range(12)))).num_tokens == 4
+        assert allocator.stats().evictions == 2
+
+    def test_refusal_leaves_no_trace(self, allocator_class: type[KVAllocator]) -> None:
+        """A request that does not fit gets None, and the cache still holds what it held."""
+        allocator = self.make(allocator_class)
+        self.run(allocator, "a", list(range(16)))
+        allocator.free("a")
+        hit = allocator.match_prefix(PrefixQuery(list(range(16))))
+        assert allocator.allocate("b", 4 * 9, hit) is None
+        assert allocator.blocks("b") == ()
+        assert allocator.match_prefix(PrefixQuery(list(range(16)))) == hit
+        allocator.check()
+
+    def test_fork_copies_the_partial_block(self, allocator_class: type[KVAllocator]) -> None:
+        """A fork shares full blocks and copies the rest, so that both may go on writing."""
+        allocator = self.make(allocator_class)
+        parent = self.run(allocator, "a", list(range(10)))
+        fork = allocator.fork("a", "b", 10)
+        assert fork is not None
+        assert fork.block_ids[:2] == parent[:2]
+        assert [(copy.src, copy.dst, copy.num_tokens) for copy in fork.copies] == [(parent[2], fork.block_ids[2], 2)]
+        with pytest.raises(KeyError):
+            allocator.fork("nobody", "c", 1)
+        with pytest.raises(ValueError, match="b"):
+            allocator.fork("a", "b", 1)
+        with pytest.raises(ValueError, match="11"):
+            allocator.fork("a", "c", 11)
+
+    def test_discard_withdraws_content(self, allocator_class: type[KVAllocator]) -> None:
+        """What a failed request published is not found any more."""
+        allocator = self.make(allocator_class)
+        self.run(allocator, "a", list(range(8)))
+        allocator.discard("a")
+        assert allocator.match_prefix(PrefixQuery(list(range(8)))).num_tokens == 0
+        assert allocator.stats().free == allocator.stats().total
+
+    def test_reset_forgets(self, allocator_class: type[KVAllocator]) -> None:
+        """After a reset nothing is found; while a request owns blocks it is refused."""
+        allocator = self.make(allocator_class)
+        self.run(allocator, "a", list(range(8)))
+        with pytest.raises(RuntimeError):
+            allocator.reset()
+        allocator.free("a")
+        allocator.reset()
+        assert allocator.match_prefix(PrefixQuery(list(range(8)))).num_tokens == 0
+        allocator.check()
+
+    def test_hit_belongs_to_the_first_allocation(self, allocator_class: type[KVAllocator]) -> None:
+        """A request that owns blocks cannot take over others."""
+        allocator = self.make(allocator_class)
+        allocator.allocate("a", 3)
+        with pytest.raises(ValueError, match="a"):
+            allocator.allocate("a", 4, PrefixHit())
+
+    @staticmethod
+    def run(allocator: KVAllocator, name: str, tokens: list[int], salt: str = "") -> tuple[int, ...]:
+        """Allocate and commit all tokens of a request; its blocks."""
+        assert allocator.allocate(name, len(tokens), PrefixHit(salt=salt)) is not None
+        allocator.commit(name, tokens, len(tokens))
+        return allocator.blocks(name)
