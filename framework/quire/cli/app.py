@@ -38,19 +38,14 @@ class QuireGroup(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except QuireError as error:
-            code, cause, remedy = error.exit_code, error.message, error.remedy
-        except KeyboardInterrupt:
-            code, cause, remedy = INTERRUPTED, "interrupted", ""
-        except (OSError, MemoryError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-            if isinstance(error, (typer.Exit, typer.Abort, BrokenPipeError)):
-                raise
-            code, cause = 1, f"{type(error).__name__}: {error}"
-            remedy = "this should not happen; run again with `quire --debug ...` and report the traceback"
-        if ctx.params.get("debug"):
-            traceback.print_exc()
-        print_error(cause, remedy)
-        raise typer.Exit(code)
+        except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            if ctx.params.get("debug"):
+                traceback.print_exception(error)
+            print_error(*_told(error))
+            code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+            raise typer.Exit(code) from None
 
     def _plugin_commands(self, ctx: Any) -> dict[str, Any]:
         """Subcommands that plugins add; the plugins are loaded on the first call and only then."""
@@ -65,6 +60,16 @@ class QuireGroup(typer.core.TyperGroup):
                 found = {}
             ctx.meta["quire.commands"] = found
         return found
+
+
+def _told(error: BaseException) -> tuple[str, str]:
+    """The cause and the remedy of what ended the program."""
+    if isinstance(error, QuireError):
+        return error.message, error.remedy
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", ""
+    remedy = "this should not happen; run again with `quire --debug ...` and report the traceback"
+    return f"{type(error).__name__}: {error}", remedy
 
 
 def _collect_commands(host: Any, taken: set[str]) -> dict[str, Any]:

@@ -65,8 +65,10 @@ def run(
         params = start_params(generation, {name: value for name, value in given.items() if value is not None})
         talker = Talker(engine, session.host, params, system=system, think=think, raw=raw, stats=stats)
         if prompt is not None:
-            talker.ask(prompt)
+            answer = talker.ask(prompt)
             talker.finish_line()
+            if answer.finish_reason == "abort":
+                raise KeyboardInterrupt
         else:
             Chat(talker).loop()
     finally:

@@ -70,6 +70,7 @@ class Talker:
     messages: list[dict[str, Any]] = field(default_factory=list)
     last: Answer | None = None
     _count: int = 0
+    _line_open: bool = False
 
     def ask(self, text: str) -> Answer:
         """Write the answer to stdout. Interrupting stops the answer and keeps what there is of it.
@@ -84,6 +85,7 @@ class Talker:
         if not self.raw:
             self.messages += [turn, {"role": "assistant", "content": answer.text}]
         self.last = answer
+        self._line_open = bool(answer.text) and not answer.text.endswith("\n")
         if self.stats:
             self.finish_line()
             note(answer.summary())
@@ -91,9 +93,10 @@ class Talker:
 
     def finish_line(self) -> None:
         """End the answer's line on stdout, unless it has ended."""
-        if self.last is not None and self.last.text and not self.last.text.endswith("\n"):
+        if self._line_open:
             sys.stdout.write("\n")
             sys.stdout.flush()
+            self._line_open = False
 
     def reset(self) -> None:
         """Forget the turns."""

@@ -1,0 +1,5 @@
+"""`python -m quire.cli`."""
+
+from quire.cli.app import main
+
+main()
