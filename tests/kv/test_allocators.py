@@ -3,7 +3,6 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from quire.contract.kv import KVInit, PrefixHit, PrefixQuery
 from quire.kv.paged import PagedAllocator
 from quire.kv.radix import RadixAllocator, RadixOptions
