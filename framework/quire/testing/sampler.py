@@ -1,0 +1,130 @@
+"""Conformance of samplers: exact candidate sets, right frequencies, and no dependence on the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from quire.contract.sampling import Sampler, SamplerInit, SamplingBatch
+
+DRAWS = 4_000
+"""Draws per frequency test: a probability that is off by a tenth of 0.3 is found with a power over 0.99."""
+CHI_SQUARE_LIMIT = {1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7, 6: 27.9, 7: 29.9}
+"""Degrees of freedom -> value that a right sampler exceeds once in ten thousand runs. Seeds are fixed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowParams:
+    """One row's parameters."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    position: int = 0
+
+
+def sampling_batch(rows: Sequence[RowParams], device: torch.device | str = "cpu") -> SamplingBatch:
+    """The batch of these rows."""
+    return SamplingBatch(
+        temperature=torch.tensor([row.temperature for row in rows], device=device),
+        top_k=torch.tensor([row.top_k for row in rows], dtype=torch.int32, device=device),
+        top_p=torch.tensor([row.top_p for row in rows], device=device),
+        min_p=torch.tensor([row.min_p for row in rows], device=device),
+        seeds=torch.tensor([row.seed for row in rows], device=device),
+        positions=torch.tensor([row.position for row in rows], device=device),
+        all_greedy=all(row.temperature == 0 for row in rows),
+        any_top_k=any(row.top_k for row in rows),
+        any_top_p=any(row.top_p < 1 for row in rows),
+        any_min_p=any(row.min_p for row in rows),
+    )
+
+
+class SamplerConformance:
+    """What every sampler must hold. Subclass, and give the fixture `sampler_class`."""
+
+    device = "cpu"
+    logits = (2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, -6.0)
+
+    @pytest.fixture
+    def sampler_class(self) -> type[Sampler]:
+        """The class under test."""
+        raise pytest.UsageError("define the fixture `sampler_class`")
+
+    def make(self, sampler_class: type[Sampler], vocab_size: int) -> Sampler:
+        return sampler_class(SamplerInit(torch.device(self.device), vocab_size, 64))
+
+    def sample(self, sampler_class: type[Sampler], logits: Tensor, rows: Sequence[RowParams]) -> list[int]:
+        sampler = self.make(sampler_class, logits.shape[1])
+        tokens: list[int] = sampler.sample(logits.clone().to(self.device), sampling_batch(rows, self.device)).tolist()
+        return tokens
+
+    @pytest.mark.parametrize(
+        ("params", "allowed"),
+        [
+            (RowParams(), 8),
+            (RowParams(temperature=0.7), 8),
+            (RowParams(top_k=3), 3),
+            (RowParams(top_p=0.8), 3),
+            (RowParams(min_p=0.1), 4),
+            (RowParams(temperature=1.5, top_k=6, top_p=0.9, min_p=0.05), 5),
+        ],
+    )
+    def test_frequencies(self, sampler_class: type[Sampler], params: RowParams, allowed: int) -> None:
+        """Over many positions each candidate is drawn as often as its probability says, others never."""
+        scores = torch.tensor(self.logits, dtype=torch.float64) / params.temperature
+        exact = torch.softmax(scores[:allowed], 0)  # the logits are sorted, so the candidates stand first
+        rows = [
+            RowParams(params.temperature, params.top_k, params.top_p, params.min_p, seed=17, position=index)
+            for index in range(DRAWS)
+        ]
+        drawn = torch.tensor(self.sample(sampler_class, torch.tensor([self.logits]).repeat(DRAWS, 1), rows))
+        counts = torch.bincount(drawn, minlength=8).double()
+        assert counts[allowed:].sum() == 0, "a token was drawn that is no candidate"
+        likely = exact * DRAWS >= 5
+        expected = exact[likely] * DRAWS
+        chi_square = ((counts[:allowed][likely] - expected) ** 2 / expected).sum()
+        assert chi_square < CHI_SQUARE_LIMIT[int(likely.sum()) - 1], f"frequencies are off: {counts.tolist()}"
+
+    def test_greedy_takes_the_largest(self, sampler_class: type[Sampler]) -> None:
+        """Temperature 0 takes the largest logit, the lowest id of equals, with sampled rows beside it."""
+        logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 2.0, 1.0], [1.0, 0.0, 0.0]])
+        greedy = RowParams(temperature=0.0)
+        assert self.sample(sampler_class, logits, [greedy] * 3) == [1, 0, 0]
+        assert self.sample(sampler_class, logits, [greedy, greedy, RowParams(temperature=1.0)])[:2] == [1, 0]
+
+    def test_a_row_does_not_depend_on_the_batch(self, sampler_class: type[Sampler]) -> None:
+        """The same row gives the same token alone, in any batch and at any place."""
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(24, 500, generator=generator) * 2
+        rows = [
+            RowParams((0.0, 0.8, 1.3)[i % 3], (0, 20)[i % 2], (1.0, 0.9)[i // 2 % 2], (0.0, 0.02)[i // 4 % 2], i, 7 * i)
+            for i in range(24)
+        ]
+        together = self.sample(sampler_class, logits, rows)
+        alone = [self.sample(sampler_class, logits[i : i + 1], [rows[i]])[0] for i in range(24)]
+        backwards = self.sample(sampler_class, logits.flip(0), rows[::-1])[::-1]
+        assert together == alone == backwards
+
+    def test_seed_and_position_decide(self, sampler_class: type[Sampler]) -> None:
+        """Equal seeds and positions draw equally; other seeds or positions draw otherwise."""
+        logits = torch.zeros(1, 1000)
+
+        def draw(seed: int, position: int) -> int:
+            return self.sample(sampler_class, logits, [RowParams(seed=seed, position=position)])[0]
+
+        assert draw(1, 1) == draw(1, 1)
+        assert len({draw(seed, 1) for seed in range(30)}) > 20
+        assert len({draw(1, position) for position in range(30)}) > 20
+
+    def test_large_vocabulary_and_extreme_logits(self, sampler_class: type[Sampler]) -> None:
+        """Forbidden tokens (minus infinity) are never drawn, and huge logits do not overflow."""
+        logits = torch.full((40, 50_000), float("-inf"))
+        logits[:, [7, 49_999]] = torch.tensor([3.0e38, 3.0e38])
+        drawn = self.sample(sampler_class, logits, [RowParams(temperature=0.5, seed=i) for i in range(40)])
+        assert set(drawn) == {7, 49_999}

@@ -1,0 +1,187 @@
+"""Processors against formulas in plain Python, and the pipeline that runs them."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quire import RequestError, SamplingParams
+from quire.contract.sampling import LogitsProcessor, ProcessorRequest, SamplerInit
+from quire.sampling.pipeline import NOT_FINITE, NOTHING_ALLOWED, SamplingPipeline, prompt_logprobs, validate_params
+from quire.sampling.processors import LogitBias, MinTokens, Penalties, TokenFilter
+from quire.sampling.sampler import TorchSampler
+
+V = 12
+INIT = SamplerInit(torch.device("cpu"), V, 4)
+BUILT_IN = (TokenFilter, LogitBias, MinTokens, Penalties)
+
+
+def pipeline(*extra):
+    processors = [(kind.__name__, kind(INIT)) for kind in (*BUILT_IN, *extra)]
+    return SamplingPipeline(TorchSampler(INIT), processors, INIT)
+
+
+def request(params, prompt=(1, 2), output=(), stops=(0,)):
+    return ProcessorRequest("r", params, (*prompt, *output), len(prompt), frozenset(stops))
+
+
+def token_buffer(*rows):
+    buffer = torch.zeros(4, 64, dtype=torch.int32)
+    for slot, tokens in enumerate(rows):
+        buffer[slot, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+    return buffer
+
+
+def penalised(logits, params, prompt, output):
+    counts = Counter(output)
+    result = []
+    for token, logit in enumerate(logits):
+        if params.repetition_penalty != 1 and (token in counts or token in prompt):
+            factor = params.repetition_penalty
+            logit = logit / factor if logit > 0 else logit * factor
+        result.append(logit - params.frequency_penalty * counts[token] - params.presence_penalty * (counts[token] > 0))
+    return result
+
+
+@given(
+    prompt=st.lists(st.integers(0, V - 1), min_size=1, max_size=8),
+    output=st.lists(st.integers(0, V - 1), min_size=1, max_size=8),
+    split=st.integers(0, 8),
+    repetition=st.sampled_from([1.0, 1.3, 0.5]),
+    frequency=st.sampled_from([0.0, 0.7, -1.0]),
+    presence=st.sampled_from([0.0, 1.5]),
+)
+@settings(max_examples=100, deadline=None)
+def test_penalties(prompt, output, split, repetition, frequency, presence):
+    params = SamplingParams(
+        repetition_penalty=repetition, frequency_penalty=frequency, presence_penalty=presence, max_tokens=None
+    )
+    processor, split = Penalties(INIT), min(split, len(output))
+    active = processor.add(0, request(params, prompt, output[:split]))
+    assert active == ((repetition, frequency, presence) != (1.0, 0.0, 0.0))
+    if not active:
+        return
+    logits = torch.linspace(-2, 2, V)
+    buffer = token_buffer([*prompt, *output])
+    for known in range(len(prompt) + split, len(prompt) + len(output) + 1):
+        changed = logits.clone()[None]
+        from quire.contract.sampling import ProcessorContext
+
+        processor.apply(changed, ProcessorContext([0], [known], buffer))
+        wanted = penalised(logits.tolist(), params, prompt, output[: known - len(prompt)])
+        assert changed[0].tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+def run(pipe, logits, slots=(0,), lengths=(2,), buffer=None):
+    return pipe.run(logits.clone(), list(slots), list(lengths), token_buffer([1, 2]) if buffer is None else buffer)
+
+
+def test_each_processor_changes_its_own_rows_only():
+    pipe = pipeline()
+    pipe.add(0, request(SamplingParams(temperature=0, allowed_token_ids=(3, 4), bad_token_ids=(4,))), 0)
+    pipe.add(1, request(SamplingParams(temperature=0)), 0)
+    pipe.add(2, request(SamplingParams(temperature=0, logit_bias={5: 100.0})), 0)
+    pipe.add(3, request(SamplingParams(temperature=0, min_tokens=2, max_tokens=9)), 0)
+    logits = torch.zeros(4, V)
+    logits[:, 0] = 1.0
+    result = run(pipe, logits, (3, 0, 1, 2), (2, 2, 2, 2))
+    assert result.token_ids.tolist() == [1, 3, 0, 5]
+    # The two-token prompt has two outputs now, so the minimum is reached.
+    assert run(pipe, logits[:2], (3, 1), (4, 4)).token_ids.tolist() == [0, 0]
+    assert run(pipe, logits[:2], (3, 1), (3, 3)).token_ids.tolist() == [1, 0]
+
+
+def test_slots_forget_their_requests():
+    pipe = pipeline()
+    pipe.add(0, request(SamplingParams(temperature=0, logit_bias={5: 100.0}, logprobs=1)), 0)
+    pipe.remove(0)
+    pipe.add(0, request(SamplingParams(temperature=0)), 0)
+    result = run(pipe, torch.arange(V).float()[None])
+    assert (result.token_ids.tolist(), result.logprobs) == ([V - 1], (None,))
+
+
+def test_logprobs_are_raw_and_ranked():
+    pipe = pipeline()
+    pipe.add(0, request(SamplingParams(temperature=0, logit_bias={3: 100.0}, logprobs=2)), 0)
+    logits = torch.tensor([0.0, 1.0, 2.0, 0.5] + [-1.0] * (V - 4))
+    (entry,) = run(pipe, logits[None]).logprobs
+    exact = torch.log_softmax(logits.double(), 0)
+    assert (entry.token_id, entry.rank, entry.top_ids) == (3, 3, (2, 1))
+    assert entry.logprob == pytest.approx(float(exact[3]), abs=1e-9)
+    assert entry.top_logprobs == pytest.approx([float(exact[2]), float(exact[1])], abs=1e-9)
+    assert math.isclose(sum(math.exp(float(value)) for value in exact), 1.0)
+
+
+def test_prompt_logprobs_follow_their_targets():
+    logits = torch.randn(5, V, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([3, 1, 4, 1, 5])
+    entries = prompt_logprobs(logits, targets, 0)
+    exact = torch.log_softmax(logits.double(), -1)
+    assert [entry.token_id for entry in entries] == targets.tolist()
+    for row, entry in enumerate(entries):
+        assert entry.logprob == pytest.approx(float(exact[row, targets[row]]), abs=1e-9)
+
+
+def test_bad_rows_fail_alone():
+    class Broken(LogitsProcessor):
+        extra_args = frozenset({"broken"})
+
+        def add(self, slot, request):
+            return "broken" in (request.params.extra_args or {})
+
+        def apply(self, logits, ctx):
+            raise ZeroDivisionError("oops")
+
+    pipe = pipeline(Broken)
+    pipe.add(0, request(SamplingParams(extra_args={"broken": 1})), 0)
+    pipe.add(1, request(SamplingParams(temperature=0)), 0)
+    pipe.add(2, request(SamplingParams(temperature=0)), 0)
+    pipe.add(3, request(SamplingParams(temperature=0, allowed_token_ids=(0,), min_tokens=1, max_tokens=2)), 0)
+    logits = torch.zeros(4, V)
+    logits[2, 5] = float("nan")
+    result = run(pipe, logits, (0, 1, 2, 3), (2, 2, 2, 2))
+    assert "Broken" in result.errors[0]
+    assert "oops" in result.errors[0]
+    assert result.errors[1:] == (None, NOT_FINITE, NOTHING_ALLOWED)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"allowed_token_ids": (V,)}, "allowed_token_ids"),
+        ({"bad_token_ids": (99,)}, "bad_token_ids"),
+        ({"logit_bias": {V: 1.0}}, "logit_bias"),
+        ({"stop_token_ids": (V,)}, "stop_token_ids"),
+        ({"allowed_token_ids": (1,), "bad_token_ids": (1,)}, "bad_token_ids"),
+        ({"extra_args": {"mystery": 1}}, "extra_args"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(fields, param):
+    with pytest.raises(RequestError) as caught:
+        validate_params(SamplingParams(**fields), V, BUILT_IN)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"temperature": -1}, ["temperature", "-1"]),
+        ({"temperature": float("nan")}, ["temperature", "nan"]),
+        ({"top_p": 0}, ["top_p", "0"]),
+        ({"n": 17}, ["n", "17", "16"]),
+        ({"max_tokens": 0}, ["max_tokens", "0"]),
+        ({"min_tokens": 5, "max_tokens": 3}, ["min_tokens", "5", "3"]),
+        ({"stop": ["x" * 200]}, ["128", "200"]),
+        ({"logprobs": 21}, ["logprobs", "21", "20"]),
+        ({"top_q": 1}, ["top_q", "top_p"]),
+        ({"stop": "a", "detokenize": False}, ["detokenize"]),
+    ],
+)
+def test_parameters_out_of_range_are_named(fields, words):
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**fields)
+    for word in words:
+        assert word in str(caught.value)
