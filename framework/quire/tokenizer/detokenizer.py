@@ -116,7 +116,8 @@ class StopStrings:
         whole = self._held + text
         found = [(at, stop) for stop in self._stops if (at := whole.find(stop)) >= 0]
         if found:
-            at, stop = min(found, key=lambda pair: (pair[0], -len(pair[1])))
+            # The one that is complete first, as if the text had come letter by letter.
+            at, stop = min(found, key=lambda pair: (pair[0] + len(pair[1]), pair[0]))
             self._held = ""
             return whole[: at + len(stop) if self._include else at], stop
         keep = self._longest_start(whole)

@@ -1,0 +1,74 @@
+"""The parsers that ship, and how one is chosen."""
+
+import pytest
+from quire.contract.parsing import ParserInit
+from quire.parsers.auto import select_parser
+from quire.parsers.plain import PlainParser
+from quire.parsers.qwen import QwenParser
+from quire.registry import build_host
+from quire.testing.output_parser import OutputParserConformance, join, parse
+
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2]}}\n</tool_call>'
+
+
+class TestQwen(OutputParserConformance):
+    samples = (
+        "<think>\nones: 7+5\n</think>\n\n12",
+        CALL,
+        f"Let me see. {CALL}\n{CALL}",
+        "<tool_call>{not json}</tool_call> after",
+        '<tool_call>{"name": "x", "arguments": "{\\"a\\": 1}"}</tool_call>',
+        "<tool_call>never closed",
+        "<think>never closed",
+        '<tool_call>{"arguments": {}}</tool_call>',
+    )
+
+    @pytest.fixture
+    def parser_class(self):
+        return QwenParser
+
+
+class TestPlain(OutputParserConformance):
+    samples = ("<think>is text here</think>",)
+
+    @pytest.fixture
+    def parser_class(self):
+        return PlainParser
+
+
+def events(text, **init):
+    return join(parse(QwenParser(ParserInit(**init)), list(text)))
+
+
+def test_reasoning_then_answer():
+    assert events("<think>\nsteps\n</think>\n\n12") == [("reasoning", "", "steps"), ("text", "", "12")]
+
+
+def test_reasoning_that_the_prompt_opened():
+    assert events("steps</think>12", in_reasoning=True) == [("reasoning", "", "steps"), ("text", "", "12")]
+
+
+def test_calls_and_text_around_them():
+    assert events(f"Wait. {CALL}") == [
+        ("text", "", "Wait."),
+        ("call", "0", "add"),
+        ("arguments", "0", '{"a": 1, "b": [2]}'),
+    ]
+
+
+def test_broken_calls_are_text():
+    assert events("<tool_call>{oops</tool_call>!") == [("text", "", "<tool_call>{oops</tool_call>!")]
+    assert events("<tool_call>{oops") == [("text", "", "<tool_call>{oops")]
+
+
+@pytest.mark.parametrize(
+    ("template", "wanted", "name"),
+    [
+        ("...<think>...", "auto", "qwen"),
+        ("plain", "auto", "plain"),
+        (None, "auto", "plain"),
+        ("<think>", "plain", "plain"),
+    ],
+)
+def test_choice_by_template(template, wanted, name):
+    assert select_parser(build_host(), wanted, template).provider.name == name
