@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from quire.config import special_variable
 from quire.errors import ConfigError, ModelNotFound, UnsupportedModel
 from quire.loader.files import StoredTensor, index_tensors
 
@@ -107,11 +108,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _download(model: str, revision: str | None) -> Path:
-    """Fetch a snapshot through huggingface_hub, which honours its own cache, token and HF_HUB_OFFLINE."""
+    """Fetch a snapshot through huggingface_hub, which honours its own token and HF_HUB_OFFLINE."""
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(PATTERNS)))
+        cache = special_variable("QUIRE_CACHE_DIR")
+        return Path(snapshot_download(model, revision=revision, cache_dir=cache, allow_patterns=list(PATTERNS)))
     except errors.GatedRepoError as error:
         raise ModelNotFound(
             f"access to {model} is restricted", remedy="accept its licence on the hub and run `hf auth login`"

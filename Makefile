@@ -1,0 +1,28 @@
+# What a person runs is what CI runs.
+
+PYTHON ?= python
+CODE = framework plugins tests scripts
+TYPED = framework plugins
+
+.PHONY: check lint types test sizes fix
+
+check: lint types test
+
+lint:
+	$(PYTHON) -m ruff format --check $(CODE)
+	$(PYTHON) -m ruff check $(CODE)
+	$(PYTHON) scripts/reference.py --check
+
+types:
+	$(PYTHON) -m mypy $(TYPED)
+
+test:
+	$(PYTHON) -m pytest
+
+sizes:
+	$(PYTHON) scripts/sizes.py
+
+fix:
+	$(PYTHON) -m ruff check --fix $(CODE)
+	$(PYTHON) -m ruff format $(CODE)
+	$(PYTHON) scripts/reference.py
