@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
+from quire.choices import POINT_OF_FIELD, attention_check, choose_dtype, select_device, select_model
 from quire.config import Configured, EngineConfig
-from quire.contract.attention import AttentionBackend
-from quire.contract.device import Device, DeviceInit
+from quire.contract.device import Device
 from quire.contract.model import ModelSpec
 from quire.errors import ConfigError, UnsupportedModel
 from quire.host.suggest import suggest
 from quire.loader.checkpoint import Checkpoint
-from quire.registry import AUTO, Candidate, Check, PluginHost, Selection
+from quire.registry import AUTO, PluginHost, Selection
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BUILT_IN_PROCESSORS = ("token_filter", "logit_bias", "min_tokens", "penalties")
-
-POINT_OF_FIELD = {
-    "attention_backend": "attention",
-    "kv_allocator": "kv_allocator",
-    "scheduler": "scheduler",
-    "scheduler_policy": "scheduler_policy",
-    "sampler": "sampler",
-    "executor": "executor",
-}
-"""Fields that name the provider of a point."""
 
 OP_DEFAULT = "default"
 """The key of `ops` that stands for all kinds that are not named."""
@@ -51,6 +40,7 @@ class ResolvedConfig:
         selected: extension point -> choice, for points with one provider in use.
         processors: the logits processors, in the order in which they run.
         op_sets: the op sets that run on the device, in the order in which they are asked.
+        ops: kind of operation, or `default` -> `plugin:name` of the op set that the user wants for it.
         sinks: the metrics sinks.
         quantization: the quantization method, or None.
     """
@@ -69,6 +59,7 @@ class ResolvedConfig:
     selected: Mapping[str, Selection]
     processors: tuple[Selection, ...]
     op_sets: tuple[Selection, ...]
+    ops: Mapping[str, str]
     sinks: tuple[Selection, ...]
     quantization: Selection | None
 
@@ -81,6 +72,7 @@ class ResolvedConfig:
             "model": self.checkpoint.name,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.selected["device"].provider.name,
+            "ops": dict(self.config.ops),
             "quantization": self.quantization.provider.name if self.quantization else None,
             "plugin_options": redacted(values["plugin_options"]),
         }
@@ -96,7 +88,7 @@ def resolve(configured: Configured, host: PluginHost, checkpoint: Checkpoint) ->
     model_config = spec.config_from_hf(checkpoint.config)
     device_choice, device = select_device(config, host)
     device_type = device.torch_device().type
-    dtype = _dtype(config, checkpoint, device)
+    dtype = choose_dtype(config, checkpoint, device)
     check = attention_check(spec, model_config, dtype, device_type, config)
     selected = {"device": device_choice, "model": model}
     for name, point in POINT_OF_FIELD.items():
@@ -104,6 +96,7 @@ def resolve(configured: Configured, host: PluginHost, checkpoint: Checkpoint) ->
         selected[point] = host.select(point, getattr(config, name), device_type=device_type, check=extra)
     if config.output_parser != AUTO:
         selected["output_parser"] = host.select("output_parser", config.output_parser)
+    op_sets = _op_sets(host, device_type)
     names = dict.fromkeys((*BUILT_IN_PROCESSORS, *config.logits_processors))
     resolved = ResolvedConfig(
         config=config,
@@ -119,99 +112,13 @@ def resolve(configured: Configured, host: PluginHost, checkpoint: Checkpoint) ->
         block_size=config.block_size,
         selected=selected,
         processors=tuple(host.select("logits_processor", name, device_type=device_type) for name in names),
-        op_sets=_op_sets(config, host, device_type),
+        op_sets=op_sets,
+        ops=_op_overrides(config, host, op_sets, device_type),
         sinks=tuple(host.select("metrics_sink", name) for name in dict.fromkeys(config.metrics_sinks)),
         quantization=_quantization(config, host, checkpoint),
     )
     _warn_unused_options(resolved, host)
     return resolved
-
-
-def select_device(config: EngineConfig, host: PluginHost) -> tuple[Selection, Device]:
-    """The device to run on. Raises ConfigError."""
-    choice = host.select("device", config.device)
-    options = host.options_for(choice.provider, config.plugin_options)
-    device: Device = choice.target(DeviceInit(options=options))
-    return choice, device
-
-
-def select_model(host: PluginHost, config: Mapping[str, Any]) -> Selection:
-    """The model spec for a checkpoint's config.json: a native one, else a bridge that takes it.
-
-    Raises:
-        UnsupportedModel: none fits; says why each does not.
-    """
-    check = model_check(config)
-    try:
-        return host.select("model", AUTO, check=check)
-    except ConfigError:
-        label = ", ".join(_architectures(config)) or "(the config names none)"
-        reasons = [
-            f"{item.provider.name}: {'; '.join(item.reasons)}"
-            for item in host.explain("model", check=check)
-            if not any(reason.startswith("serves ") for reason in item.reasons)
-        ]
-        text = f"no model provider takes the architecture {label}"
-        remedy = "`quire plugins explain model` lists what is served; a plugin can add an architecture"
-        raise UnsupportedModel(text + (f": {' | '.join(reasons)}" if reasons else ""), remedy=remedy) from None
-
-
-def model_check(config: Mapping[str, Any]) -> Check:
-    """The check that decides whether a model spec serves a checkpoint's config.json."""
-    architectures = frozenset(_architectures(config))
-
-    def check(spec: ModelSpec) -> list[str]:
-        if spec.architectures and not spec.architectures & architectures:
-            return [f"serves {', '.join(sorted(spec.architectures))}"]
-        return spec.why_not(config)
-
-    return check
-
-
-def _architectures(config: Mapping[str, Any]) -> list[str]:
-    named = config.get("architectures")
-    return [str(name) for name in named] if isinstance(named, (list, tuple)) else []
-
-
-def explain_point(config: EngineConfig, host: PluginHost, point: str, checkpoint: Checkpoint | None) -> list[Candidate]:
-    """Every candidate for a point as `resolve` would judge it, with its reasons.
-
-    Args:
-        config: what the user said.
-        host: the loaded plugins.
-        point: the extension point.
-        checkpoint: the model; needed for `attention` and `model`, whose choice depends on it.
-    """
-    wanted = next((getattr(config, name) for name, known in POINT_OF_FIELD.items() if known == point), AUTO)
-    if point == "device":
-        return host.explain(point, config.device)
-    if point == "model" and checkpoint is not None:
-        return host.explain(point, check=model_check(checkpoint.config))
-    _, device = select_device(config, host)
-    device_type = device.torch_device().type
-    if point != "attention" or checkpoint is None:
-        return host.explain(point, wanted, device_type=device_type)
-    spec: ModelSpec = select_model(host, checkpoint.config).target
-    dtype = _dtype(config, checkpoint, device)
-    check = attention_check(spec, spec.config_from_hf(checkpoint.config), dtype, device_type, config)
-    return host.explain(point, wanted, device_type=device_type, check=check)
-
-
-def attention_check(
-    spec: ModelSpec, model_config: Any, dtype: torch.dtype, device_type: str, config: EngineConfig
-) -> Check:
-    """The check that decides whether an attention backend can serve a model's layers."""
-    layers = spec.attention_layers(model_config)
-
-    def check(backend: type[AttentionBackend]) -> list[str]:
-        reasons = dict.fromkeys(
-            reason for layer in layers for reason in backend.supports(layer, dtype, device_type, config.block_size)
-        )
-        if config.deterministic and not backend.caps.deterministic:
-            reasons["it does not declare deterministic results"] = None
-        return list(reasons)
-
-    return check
 
 
 def redacted(value: Any) -> Any:
@@ -222,18 +129,6 @@ def redacted(value: Any) -> Any:
             for key, item in value.items()
         }
     return [redacted(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _dtype(config: EngineConfig, checkpoint: Checkpoint, device: Device) -> torch.dtype:
-    allowed = device.dtypes()
-    if config.dtype == AUTO:
-        stored = DTYPES.get(checkpoint.dtype_name)
-        return stored if stored is not None and stored in allowed else allowed[0]
-    dtype = DTYPES[config.dtype]
-    if dtype not in allowed:
-        names = [str(item).removeprefix("torch.") for item in allowed]
-        raise ConfigError(f"dtype is {config.dtype!r}, which does not run on this device", remedy=f"use one of {names}")
-    return dtype
 
 
 def _max_model_len(config: EngineConfig, longest: int) -> int:
@@ -247,18 +142,27 @@ def _max_model_len(config: EngineConfig, longest: int) -> int:
     return config.max_model_len
 
 
-def _op_sets(config: EngineConfig, host: PluginHost, device_type: str) -> tuple[Selection, ...]:
-    """All op sets that run on the device, highest priority first; those that `ops` names must be among them."""
+def _op_sets(host: PluginHost, device_type: str) -> tuple[Selection, ...]:
+    """All op sets that run on the device, highest priority first."""
     fitting = [item for item in host.explain("op", device_type=device_type) if not item.reasons]
-    usable = [host.select("op", f"{item.plugin}:{item.provider.name}", device_type=device_type) for item in fitting]
-    known = {kind for choice in usable for kind in choice.target.kinds} | {OP_DEFAULT}
+    names = [f"{item.plugin}:{item.provider.name}" for item in fitting]
+    return tuple(host.select("op", name, device_type=device_type) for name in names)
+
+
+def _op_overrides(
+    config: EngineConfig, host: PluginHost, op_sets: Sequence[Selection], device_type: str
+) -> dict[str, str]:
+    """What `ops` says, with unique names. Raises ConfigError for an op set that cannot serve what it is named for."""
+    known = {kind for choice in op_sets for kind in choice.target.kinds} | {OP_DEFAULT}
+    overrides = {}
     for kind, name in config.ops.items():
         if kind not in known:
             raise ConfigError(f"ops.{kind}: there is no such kind of operation", remedy=suggest(kind, known))
         wanted = host.select("op", name, device_type=device_type)
         if kind != OP_DEFAULT and kind not in wanted.target.kinds:
             raise ConfigError(f"ops.{kind} is {name!r}, which serves {', '.join(sorted(wanted.target.kinds))} only")
-    return tuple(usable)
+        overrides[kind] = wanted.name
+    return overrides
 
 
 def _quantization(config: EngineConfig, host: PluginHost, checkpoint: Checkpoint) -> Selection | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from quire.errors import ModelNotFound
 from quire.loader.checkpoint import resolve_checkpoint
 

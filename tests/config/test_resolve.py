@@ -7,13 +7,14 @@ import logging
 
 import pytest
 import torch
+from quire.choices import explain_point
 from quire.config import configure
 from quire.errors import ConfigError, UnsupportedModel
 from quire.hooks import hookimpl
 from quire.loader.checkpoint import resolve_checkpoint
 from quire.plugin import AttentionBackend, AttentionCaps, Provider
 from quire.registry import HostOptions, PluginHost, build_host
-from quire.resolve import explain_point, redacted, resolve
+from quire.resolve import redacted, resolve
 from quire.testing.tiny_models import make_checkpoint
 
 
@@ -169,3 +170,44 @@ def test_options_of_a_provider_that_is_not_in_use_are_pointed_out(llama, host, c
 def test_secrets_are_masked():
     options = {"sink": {"api_key": "s3cret", "urls": [{"password": "p"}], "interval": 3, "token": ""}}
     assert redacted(options) == {"sink": {"api_key": "***", "urls": [{"password": "***"}], "interval": 3, "token": ""}}
+
+
+def test_op_sets_of_one_name_are_told_apart(llama):
+    """Two plugins offer an op set `torch`: the name alone is ambiguous, and each can be asked for in full."""
+    import importlib.metadata
+
+    class Twin:
+        name = "twin"
+
+        def load(self):
+            class Plugin:
+                @hookimpl
+                def quire_providers(self):
+                    return [Provider("op", "torch", "quire_cpu_ref.ops:TorchOps", 1, priority=5)]
+
+            return Plugin()
+
+    host = PluginHost([*importlib.metadata.entry_points(group="quire"), Twin()], HostOptions())
+    assert [choice.name for choice in resolved_for(llama, host).op_sets] == ["twin:torch", "cpu_ref:torch"]
+    with pytest.raises(ConfigError, match="several plugins"):
+        resolved_for(llama, host, ops={"linear": "torch"})
+    resolved = resolved_for(llama, host, ops={"linear": "cpu_ref:torch", "default": "twin:torch"})
+    assert resolved.ops == {"linear": "cpu_ref:torch", "default": "twin:torch"}
+
+
+def test_the_engine_honours_an_op_override(llama, host, monkeypatch):
+    from quire.engine.build import build_model
+    from quire.layers import factory
+
+    made = []
+    monkeypatch.setattr(factory.PluginLayers, "__init__", _noting(factory.PluginLayers.__init__, made))
+    build_model(resolved_for(llama, host, ops={"linear": "torch"}), host)
+    assert made == [{"linear": "cpu_ref:torch"}]
+
+
+def _noting(init, made):
+    def wrapped(self, op_sets, overrides, quantization=None):
+        made.append(dict(overrides))
+        init(self, op_sets, overrides, quantization)
+
+    return wrapped

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from quire.choices import explain_point
 from quire.cli.console import note, print_table
 from quire.cli.session import open_session
 from quire.loader.checkpoint import BUNDLED, resolve_checkpoint
 from quire.registry import Candidate
-from quire.resolve import explain_point
 
 
 def explain(

@@ -63,7 +63,7 @@ def host_for(config: EngineConfig) -> PluginHost:
 
 def engine_from(configured: Configured, host: PluginHost) -> Engine:
     """An engine from a configuration and loaded plugins."""
-    configured = with_defaults(configured, host.config_defaults(configured.config.model_dump()))
+    configured = with_defaults(configured, host.config_defaults(configured.config.model_dump()), host.complain)
     checkpoint = resolve_checkpoint(configured.config.model, configured.config.revision)
     resolved = resolve(configured, host, checkpoint)
     tokenizer = build_tokenizer(resolved)
@@ -91,12 +91,12 @@ def build_model(config: ResolvedConfig, host: PluginHost, progress: Progress | N
     device = config.device.torch_device()
     op_sets = [
         (
-            choice.provider.name,
+            choice.name,
             choice.target(OpInit(device, config.max_num_batched_tokens, _options(config, host, choice))),
         )
         for choice in config.op_sets
     ]
-    layers = PluginLayers(op_sets, config.config.ops, _quantization(config, host))
+    layers = PluginLayers(op_sets, config.ops, _quantization(config, host))
     init = ModelInit(
         config=config.model_config,
         device=device,
