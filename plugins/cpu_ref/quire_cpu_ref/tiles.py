@@ -91,8 +91,9 @@ def _attend_tile(layer: AttentionLayer, queries: Tensor, kv: KVCaches, tile: Til
     seen = key <= position
     if layer.sliding_window is not None:
         seen = seen & (key > position - layer.sliding_window)
-    # Positions that no query of the tile may see hold what other requests left there, NaN perhaps.
-    hidden = ~seen.any(0)
+    # Behind the last computed position stands what other requests left there, NaN perhaps. Zeros in its
+    # place change no bit of a real row, whose weights there are exactly zero.
+    hidden = key >= tile.start + tile.rows[1]
     keys, values = keys.masked_fill(hidden[:, None], 0.0), values.masked_fill(hidden[:, None], 0.0)
     folded = queries.float().transpose(0, 1).reshape(layer.num_kv_heads, group * TILE, -1)
     scores = torch.bmm(folded, keys.transpose(1, 2)).view(heads, TILE, width) * layer.scale

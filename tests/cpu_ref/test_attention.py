@@ -1,0 +1,117 @@
+"""cpu_ref's attention passes the kit, and the kit kills backends with plausible bugs."""
+
+import dataclasses
+
+import pytest
+import torch
+from quire.testing.attention import CASES, LAYERS, AttentionConformance, Problem, make_layer
+from quire_cpu_ref import attention, tiles
+from quire_cpu_ref.attention import CpuRefAttention
+
+
+class TestCpuRef(AttentionConformance):
+    @pytest.fixture
+    def backend_class(self):
+        return CpuRefAttention
+
+
+class SeesOneLess(CpuRefAttention):
+    def plan(self, batch):
+        shorter = torch.where(batch.seq_lens_host > 1, batch.seq_lens_host - 1, batch.seq_lens_host)
+        return super().plan(dataclasses.replace(batch, seq_lens_host=shorter))
+
+
+class IgnoresWindow(CpuRefAttention):
+    def forward(self, layer, *rest):
+        super().forward(dataclasses.replace(layer, sliding_window=None), *rest)
+
+
+class WindowOffByOne(CpuRefAttention):
+    def forward(self, layer, *rest):
+        window = layer.sliding_window and layer.sliding_window + 1
+        super().forward(dataclasses.replace(layer, sliding_window=window), *rest)
+
+
+class IgnoresSoftcap(CpuRefAttention):
+    def forward(self, layer, *rest):
+        super().forward(dataclasses.replace(layer, logit_softcap=None), *rest)
+
+
+class IgnoresSinks(CpuRefAttention):
+    def forward(self, layer, *rest):
+        super().forward(dataclasses.replace(layer, sinks=None), *rest)
+
+
+class WrongSlot(CpuRefAttention):
+    def write_kv(self, layer, k, v, kv, batch):
+        super().write_kv(layer, k, v, kv, dataclasses.replace(batch, slot_mapping=batch.slot_mapping ^ 1))
+
+
+class WritesInForward(CpuRefAttention):
+    def forward(self, layer, q, k, v, kv, batch, plan, out):
+        super().forward(layer, q, k, v, kv, batch, plan, out)
+        kv[0][-1] = 0.0
+
+
+class MixesGroups(CpuRefAttention):
+    def forward(self, layer, q, k, v, kv, batch, plan, out):
+        result = torch.empty_like(out)
+        super().forward(layer, q.flip(1), k, v, kv, batch, plan, result)
+        out.copy_(result.flip(1))
+
+
+class LeavesPadding(CpuRefAttention):
+    def forward(self, layer, q, k, v, kv, batch, plan, out):
+        rest = out[int(batch.query_start_loc_host[-1]) :].clone()
+        super().forward(layer, q, k, v, kv, batch, plan, out)
+        out[int(batch.query_start_loc_host[-1]) :] = rest
+
+
+class DoubleScale(CpuRefAttention):
+    def forward(self, layer, *rest):
+        super().forward(dataclasses.replace(layer, scale=layer.scale * 1.01), *rest)
+
+
+class FalselyDeterministic(CpuRefAttention):
+    def plan(self, batch):
+        return self._plan_groups(batch)
+
+
+MUTANTS = [
+    SeesOneLess, IgnoresWindow, WindowOffByOne, IgnoresSoftcap, IgnoresSinks, WrongSlot, WritesInForward,
+    MixesGroups, LeavesPadding, DoubleScale, FalselyDeterministic,
+]  # fmt: skip
+
+
+def attack(backend_class):
+    """Run the kit's cases until one fails."""
+    kit = AttentionConformance()
+    for layer in LAYERS:
+        for case in CASES.values():
+            kit.check(backend_class, Problem.make(make_layer(layer), case, torch.float32))
+    kit.test_padding(backend_class, "mixed")
+    kit.test_deterministic_over_batches_and_chunks(backend_class, "gqa", torch.float32)
+
+
+def test_the_kit_accepts_the_original():
+    attack(CpuRefAttention)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_kit_kills(mutant):
+    with pytest.raises((AssertionError, RuntimeError, IndexError)):
+        attack(mutant)
+
+
+def test_stale_nan_cannot_leak(monkeypatch):
+    monkeypatch.setattr(attention, "_stale", lambda *args: torch.empty(0, dtype=torch.int64))
+    with pytest.raises(AssertionError, match="finite"):
+        attack(CpuRefAttention)
+
+
+def test_tiles_follow_absolute_positions():
+    from quire.testing.batches import make_batch
+
+    plan = tiles.plan_tiles(make_batch([20, 1], [10, 31]).batch)
+    assert [(tile.start, tile.rows) for tile in plan.tiles] == [(0, (10, 16)), (16, (0, 14)), (16, (15, 16))]
+    assert {tile.slots.numel() for tile in plan.tiles} == {64}
