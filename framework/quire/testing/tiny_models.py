@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-VOCAB = 199
+VOCAB = 320
+"""256 bytes, a few special tokens, and room."""
 COMMON: Mapping[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -38,6 +39,10 @@ LONG = {
     "short_factor": [1.0, 1.1, 1.2, 1.3],
     "long_factor": [1.0, 2.0, 3.0, 4.0],
 }
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("Llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
     "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}),
@@ -81,7 +86,25 @@ def make_checkpoint(name: str, folder: Path, *, seed: int = 0, dtype: torch.dtyp
             spread = 0.2 if parameter.ndim == 1 else 1.5 / max(1, parameter.shape[-1]) ** 0.5
             parameter.copy_(centre + spread * noise)
     model.to(dtype).save_pretrained(folder)
+    save_byte_tokenizer(folder)
     return folder
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """A tokenizer whose first ids are special and whose others are single bytes, with a ChatML template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<s>", "<|im_end|>", "<|im_start|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate([*specials, *alphabet])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"]
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
 
 
 def reference_model(folder: Path) -> Any:

@@ -1,0 +1,52 @@
+"""Conformance of devices: plausible memory, buffers that copy, a runner that runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quire.contract.device import Device, DeviceInit
+
+
+class DeviceConformance:
+    """What every device must hold. Subclass, and give the fixture `device_class`."""
+
+    @pytest.fixture
+    def device_class(self) -> type[Device]:
+        """The class under test."""
+        raise pytest.UsageError("define the fixture `device_class`")
+
+    @pytest.fixture
+    def device(self, device_class: type[Device]) -> Device:
+        return device_class(DeviceInit())
+
+    def test_memory(self, device: Device) -> None:
+        """Free memory is positive and no more than there is."""
+        memory = device.memory()
+        assert 0 < memory.free <= memory.total
+
+    def test_dtypes_compute(self, device: Device) -> None:
+        """Every listed dtype multiplies; float32 is among them."""
+        assert torch.float32 in device.dtypes()
+        for dtype in device.dtypes():
+            x = torch.ones(8, 8, dtype=dtype, device=device.torch_device())
+            assert float((x @ x)[0, 0]) == 8.0
+
+    def test_host_buffers(self, device: Device) -> None:
+        """A host buffer is zeroed, lives on the CPU, and copies to the device."""
+        buffer = device.host_buffer((3, 2), torch.int32)
+        assert buffer.device.type == "cpu"
+        assert buffer.tolist() == [[0, 0]] * 3
+        buffer[1, 1] = 5
+        copied = buffer.to(device.torch_device(), non_blocking=True)
+        device.synchronize()
+        assert int(copied.sum()) == 5
+
+    def test_runner(self, device: Device) -> None:
+        """Work runs eagerly without a key, and gives its result for every key that is offered."""
+        runner = device.graph_runner()
+        assert runner.run(None, lambda: 7) == 7
+        x = torch.ones(2, device=device.torch_device())
+        keys = runner.keys()
+        for key in keys:
+            assert float(runner.run(key, lambda: x + 1).sum()) == 4.0

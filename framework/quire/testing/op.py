@@ -1,0 +1,136 @@
+"""Conformance of op sets: every kind against formulas in float64, row by row, and bitwise where promised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quire.contract.ops import GatedActSpec, LinearSpec, MoESpec, OpInit, OpSet, OpSpec, RMSNormSpec
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+ROWS = (0, 1, 2, 3, 7, 16, 17, 33, 130)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+ACTIVATIONS: dict[str, Any] = {
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
+    "gelu_tanh": _gelu_tanh,
+}
+
+
+class OpConformance:
+    """What every op set must hold, for the kinds that it lists. Subclass, and give the fixture `op_set`."""
+
+    device = "cpu"
+
+    @pytest.fixture
+    def op_set(self) -> OpSet:
+        """The set under test, constructed."""
+        raise pytest.UsageError("define the fixture `op_set`")
+
+    @staticmethod
+    def init(device: str = "cpu") -> OpInit:
+        return OpInit(torch.device(device), 256)
+
+    def build(self, op_set: OpSet, spec: OpSpec) -> Any:
+        reasons = op_set.why_not(spec)
+        if reasons:
+            pytest.skip("; ".join(reasons))
+        return op_set.build(spec)
+
+    def close(self, ours: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+        assert ours.dtype is dtype
+        torch.testing.assert_close(ours.double(), exact, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+    @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+    @pytest.mark.parametrize("offset", [0.0, 1.0])
+    @pytest.mark.parametrize("rows", ROWS)
+    def test_rms_norm(self, op_set: OpSet, rows: int, offset: float, dtype: torch.dtype) -> None:
+        """Norm with and without a residual; the residual comes back as the sum."""
+        op = self.build(op_set, RMSNormSpec(40, 1e-5, dtype, offset))
+        x, residual = (torch.randn(rows, 40, generator=_seeded(i)).to(dtype) for i in range(2))
+        weight = torch.rand(40, generator=_seeded(2)).to(dtype)
+        for extra in (None, residual):
+            total = x if extra is None else (x + extra)
+            wide = total.double()
+            exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * (weight.double() + offset)
+            normed, kept = op(x.clone(), weight, None if extra is None else extra.clone())
+            self.close(normed, exact, dtype)
+            assert kept is None if extra is None else torch.equal(kept, total)
+
+    @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    @pytest.mark.parametrize("rows", ROWS)
+    def test_gated_act(self, op_set: OpSet, rows: int, activation: Any, dtype: torch.dtype) -> None:
+        """act(gate) · up, gate standing first."""
+        op = self.build(op_set, GatedActSpec(37, activation, dtype))
+        x = torch.randn(rows, 74, generator=_seeded(0)).to(dtype)
+        self.close(op(x.clone()), ACTIVATIONS[activation](x[:, :37].double()) * x[:, 37:].double(), dtype)
+
+    @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("deterministic", [False, True])
+    @pytest.mark.parametrize("rows", ROWS)
+    def test_linear(self, op_set: OpSet, rows: int, deterministic: bool, bias: bool, dtype: torch.dtype) -> None:
+        """x · Wᵀ + b, for any number of rows, contiguous or not."""
+        op = self.build(op_set, LinearSpec(48, 70, bias, dtype, deterministic))
+        weight = (torch.randn(70, 48, generator=_seeded(0)) / 7).to(dtype)
+        offset = torch.randn(70, generator=_seeded(1)).to(dtype) if bias else None
+        wide = torch.randn(rows, 96, generator=_seeded(2)).to(dtype)
+        state = op.pack(weight.clone(), None if offset is None else offset.clone())
+        for x in (wide[:, :48], wide[:, :48].contiguous()):
+            exact = x.double() @ weight.double().T + (offset.double() if offset is not None else 0.0)
+            self.close(op(x, state), exact, dtype)
+
+    @pytest.mark.parametrize("renormalize", [False, True])
+    @pytest.mark.parametrize("deterministic", [False, True])
+    @pytest.mark.parametrize("rows", ROWS)
+    def test_moe(self, op_set: OpSet, rows: int, deterministic: bool, renormalize: bool) -> None:
+        """The chosen experts' outputs, weighted by their routing probabilities."""
+        spec = MoESpec(5, 2, 24, 20, renormalize, "silu", torch.float32, deterministic)
+        op = self.build(op_set, spec)
+        x, logits = torch.randn(rows, 24, generator=_seeded(0)), torch.randn(rows, 5, generator=_seeded(1)) * 2
+        up, down = torch.randn(5, 40, 24, generator=_seeded(2)) / 5, torch.randn(5, 24, 20, generator=_seeded(3)) / 5
+        exact = torch.zeros(rows, 24, dtype=torch.float64)
+        for row in range(rows):
+            chances = torch.softmax(logits[row].double(), 0)
+            best = chances.argsort(descending=True)[:2].tolist()
+            scale = sum(chances[e] for e in best) if renormalize else 1.0
+            for e in best:
+                both = up[e].double() @ x[row].double()
+                hidden = ACTIVATIONS["silu"](both[:20]) * both[20:]
+                exact[row] += chances[e] / scale * (down[e].double() @ hidden)
+        self.close(op(x, logits, up, down), exact, torch.float32)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_deterministic_forms_do_not_see_their_neighbours(self, op_set: OpSet, dtype: torch.dtype) -> None:
+        """Bitwise the same row alone, in any batch, at any place; large layers too, where kernels change."""
+        x = torch.randn(100, 3072, generator=_seeded(0)).to(dtype)
+        linear = self.build(op_set, LinearSpec(3072, 200, True, dtype, True))
+        weight = torch.randn(200, 3072, generator=_seeded(1)).to(dtype)
+        state = linear.pack(weight, torch.randn(200, generator=_seeded(2)).to(dtype))
+        norm = self.build(op_set, RMSNormSpec(3072, 1e-6, dtype))
+        act = self.build(op_set, GatedActSpec(1536, "silu", dtype))
+        moe = self.build(op_set, MoESpec(4, 2, 3072, 64, True, "silu", dtype, True))
+        up, down = (torch.randn(4, *shape, generator=_seeded(3)).to(dtype) / 50 for shape in ((128, 3072), (3072, 64)))
+        functions = {
+            "linear": lambda rows: linear(rows, state),
+            "rms_norm": lambda rows: norm(rows, weight[0])[0],
+            "gated_act": act,
+            "moe": lambda rows: moe(rows, rows[:, :4].contiguous(), up, down),
+        }
+        for name, function in functions.items():
+            whole = function(x)
+            for first, last in ((0, 1), (99, 100), (3, 5), (10, 27), (1, 98)):
+                assert torch.equal(function(x[first:last].clone()), whole[first:last]), f"{name} on {first}:{last}"
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,70 @@
+"""cpu_ref's operations and device pass the kit."""
+
+import pytest
+import torch
+from quire.plugin import DeviceInit, LinearSpec, OpSpec
+from quire.testing.device import DeviceConformance
+from quire.testing.op import OpConformance
+from quire_cpu_ref import device as device_module
+from quire_cpu_ref.device import CpuDevice, CpuOptions
+from quire_cpu_ref.linear import PackedLinear, packs_well
+from quire_cpu_ref.moe import route
+from quire_cpu_ref.ops import TorchOps
+
+
+class TestTorchOps(OpConformance):
+    @pytest.fixture
+    def op_set(self):
+        return TorchOps(self.init())
+
+
+class TestCpuDevice(DeviceConformance):
+    @pytest.fixture
+    def device_class(self):
+        return CpuDevice
+
+
+def test_unknown_kinds_are_passed_over():
+    class Odd(OpSpec):
+        kind = "odd"
+
+    assert "odd" in TorchOps(OpConformance.init()).why_not(Odd())[0]
+
+
+def test_packing_is_for_bfloat16_on_cpus():
+    spec = LinearSpec(8, 8, False, torch.float32)
+    assert not packs_well(spec, torch.device("cpu"))
+    assert not packs_well(LinearSpec(8, 8, False, torch.bfloat16), torch.device("meta"))
+
+
+@pytest.mark.skipif(not packs_well(LinearSpec(8, 8, False, torch.bfloat16), torch.device("cpu")), reason="no bfloat16")
+def test_packed_linear_frees_the_plain_weight():
+    linear = PackedLinear(LinearSpec(8, 8, False, torch.bfloat16))
+    state = linear.pack(torch.ones(8, 8, dtype=torch.bfloat16), None)
+    assert state.weight.is_mkldnn
+
+
+def test_threads_are_an_option():
+    before = torch.get_num_threads()
+    try:
+        CpuDevice(DeviceInit(options=CpuOptions(threads=1)))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_container_limit_is_respected(tmp_path, monkeypatch):
+    limit, use = tmp_path / "max", tmp_path / "current"
+    limit.write_text(str(2**30))
+    use.write_text(str(2**29))
+    monkeypatch.setattr(device_module, "CGROUP_LIMITS", ((limit, use),))
+    memory = CpuDevice(DeviceInit()).memory()
+    assert (memory.total, memory.free) == (2**30, 2**29)
+    limit.write_text("max\n")
+    assert CpuDevice(DeviceInit()).memory().total > 2**30
+
+
+def test_routing_weights():
+    weights, experts = route(torch.tensor([[0.0, 2.0, 1.0]]), 2, True)
+    assert experts.tolist() == [[1, 2]]
+    assert float(weights.sum()) == pytest.approx(1.0)
