@@ -31,7 +31,7 @@ def chat_model(tmp_path_factory):
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=258, num_key_value_heads=1, max_position_embeddings=512, eos_token_id=257, **sizes)
+    config = LlamaConfig(vocab_size=258, num_key_value_heads=1, max_position_embeddings=4096, eos_token_id=257, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 257}))
     return folder

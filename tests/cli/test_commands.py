@@ -120,6 +120,31 @@ def test_a_plugin_in_a_file(quire, plugin_file):
     assert quire("greet", "you").exit_code == 2
 
 
+def test_a_plugin_that_fails_to_add_commands_is_passed_over(quire, tmp_path, plugin_file):
+    import sys
+
+    bad = tmp_path / "bad_cli_plugin.py"
+    bad.write_text(
+        "from quire.plugin import hookimpl, ConfigError\n\n\n@hookimpl\ndef quire_cli(app):\n"
+        "    @app.command()\n    def half():\n        raise ConfigError('half done', remedy='finish it')\n\n    1 / 0\n"
+    )
+    result = quire("--plugin", bad, "--plugin", plugin_file, "greet", "you")
+    assert (result.exit_code, result.stdout) == (0, "hello you\n")
+    assert "bad_cli_plugin.py): hook quire_cli failed (ZeroDivisionError: division by zero)" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Traceback" in quire("--debug", "--plugin", bad, "--plugin", plugin_file, "greet", "you").stderr
+    half = quire("--plugin", bad, "half")
+    assert half.exit_code == 2
+    assert "finish it" in half.stderr
+    sys.modules.pop("bad_cli_plugin", None)
+
+
+def test_the_variable_for_allowed_plugins(quire, monkeypatch):
+    monkeypatch.setenv("QUIRE_PLUGINS", "cpu_ref")
+    plugins = json.loads(quire("plugins", "list", "--json").stdout)
+    assert {p["name"]: p["status"] for p in plugins} == {"core": "loaded", "cpu_ref": "loaded", "quant": "blocked"}
+
+
 def test_strict_plugins(quire, tmp_path):
     file = tmp_path / "broken_cli_plugin.py"
     file.write_text("raise RuntimeError('broken')\n")

@@ -69,7 +69,7 @@ def test_a_pool_that_does_not_fit_exits_4(chat_model):
 def test_interrupting_one_shot_exits_130(chat_model):
     """Ctrl-C at a terminal: the answer stops, the program says so with its exit code."""
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "quire.cli", "run", str(chat_model), "x", "--max-tokens", "400"]
+    command = [sys.executable, "-m", "quire.cli", "run", str(chat_model), "x", "--max-tokens", "4000"]
     with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=subprocess.PIPE) as process:
         os.close(slave)
         os.read(master, 1)  # the first character of the answer
@@ -183,6 +183,23 @@ def test_ctrl_c_stops_an_answer_and_frees_its_blocks(talker, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_second_ctrl_c_during_an_answer_ends_the_program(talker, monkeypatch):
+    step = talker.engine.step
+
+    def interrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        return step()
+
+    monkeypatch.setattr(talker.engine, "step", interrupted)
+    monkeypatch.setattr(talker.engine, "abort", lambda request_id: [])  # an abort that takes its time
+    talker.params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    with pytest.raises(KeyboardInterrupt):
+        talker.ask("one")
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    talker.engine.fail("cleared by the test")
+
+
 def test_start_params_follow_the_checkpoint():
     assert start_params({}, {}) == SamplingParams(temperature=0.0, max_tokens=None)
     said = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": 3}
@@ -218,6 +235,6 @@ def test_bench(chat_model):
         assert sum(row["steps"].values()) == pytest.approx(1.0)
     table = quire("bench", chat_model, "--batch", "1", "--input-len", "9", "--output-len", "3")
     assert "DECODE tok/s" in table.stdout
-    too_long = quire("bench", chat_model, "--input-len", "500", "--output-len", "100")
+    too_long = quire("bench", chat_model, "--input-len", "4000", "--output-len", "100")
     assert too_long.exit_code == 2
     assert "max_model_len" in too_long.stderr

@@ -15,10 +15,10 @@ import typer.core
 import typer.main
 
 from quire.cli import bench, check, explain, plugins, run, show
-from quire.cli.console import errors, print_error
+from quire.cli.console import print_error
+from quire.cli.logs import set_up_logging
 from quire.cli.session import Globals, load_host
-from quire.config import special_variable
-from quire.errors import ConfigError, QuireError
+from quire.errors import QuireError
 from quire.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -37,10 +37,13 @@ class QuireGroup(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
+            set_up_logging(bool(ctx.params.get("debug")))
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError):
+        except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except (Exception, KeyboardInterrupt) as error:
+            if hasattr(error, "format_message"):  # a usage error, which typer shows itself
+                raise
             if ctx.params.get("debug"):
                 traceback.print_exception(error)
             print_error(*_told(error))
@@ -52,6 +55,7 @@ class QuireGroup(typer.core.TyperGroup):
         found: dict[str, Any] | None = ctx.meta.get("quire.commands")
         if found is None:
             try:
+                set_up_logging(bool(ctx.params.get("debug")))
                 host = load_host(Globals.of(ctx.params))
                 found = _collect_commands(host, taken=set(self.commands))
             except QuireError as error:
@@ -130,22 +134,6 @@ def root(
 ) -> None:
     """Keep the global options for the subcommand."""
     context.obj = Globals.of(context.params)
-    _set_up_logging(debug)
-
-
-def _set_up_logging(debug: bool) -> None:
-    level = "debug" if debug else (special_variable("QUIRE_LOG_LEVEL") or "warning")
-    known = ("debug", "info", "warning", "error", "critical")
-    if level.lower() not in known:
-        raise ConfigError(f"QUIRE_LOG_LEVEL is {level!r}", remedy=f"use one of {', '.join(known)}")
-    handler = logging.StreamHandler(errors().file)
-    handler.setFormatter(
-        logging.Formatter("%(levelname)s %(name)s: %(message)s" if debug else "%(levelname)s: %(message)s")
-    )
-    quire = logging.getLogger("quire")
-    quire.handlers[:] = [handler]
-    quire.setLevel(level.upper())
-    quire.propagate = False
 
 
 def main() -> None:
