@@ -1,8 +1,8 @@
 # What a person runs is what CI runs.
 
 PYTHON ?= python
-CODE = framework plugins tests scripts
-TYPED = framework plugins
+CODE = $(wildcard framework plugins server tests scripts benchmarks examples)
+TYPED = $(wildcard framework plugins server)
 
 .PHONY: check lint types test sizes fix
 
