@@ -15,11 +15,12 @@ import pytest
 from quire.cli.app import app
 from quire.cli.chat import Chat, changed
 from quire.cli.run import names_a_model, start_params
-from quire.cli.talk import Talker
+from quire.cli.talk import Talker, Writer, shown
 from quire.config import configure
 from quire.engine.build import engine_from
 from quire.errors import RequestError
 from quire.params import SamplingParams
+from quire.plugin import ReasoningDelta, TextDelta
 from quire.registry import build_host
 from typer.testing import CliRunner
 
@@ -116,6 +117,15 @@ def test_reasoning_goes_elsewhere_than_the_answer(talker, capsys):
     assert answer.text == ""  # the template opened the reasoning, and these weights never close it
     assert out == ""
     assert err.strip()
+
+
+def test_a_models_text_cannot_steer_the_terminal(talker, monkeypatch, capsys):
+    assert shown("a\x1b[2Jb\x07\tc\nd\x9b\r") == "a\ufffd[2Jb\ufffd\tc\nd\ufffd\ufffd"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    writer = Writer()
+    text = writer.write([ReasoningDelta("\x1b]0;x\x07"), TextDelta("ok\x1b[H")])
+    assert text == "ok\x1b[H"  # what the next turn is told stays as it was made
+    assert capsys.readouterr().out == "\x1b[2m\ufffd]0;x\ufffd\x1b[0m\nok\ufffd[H"
 
 
 def chat(talker, *lines):

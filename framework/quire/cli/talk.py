@@ -21,6 +21,9 @@ from quire.parsers.auto import select_parser
 from quire.registry import PluginHost
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""Characters that steer a terminal: a model's text must not move the cursor or ring the bell."""
+
 REASONING_OPENERS = ("<think>",)
 """How a rendered prompt ends if the template has opened the reasoning part itself."""
 
@@ -170,7 +173,7 @@ class Writer:
             if not isinstance(event, TextDelta):
                 text = f"\n[tool call] {event.name} " if isinstance(event, ToolCallStart) else event.text
             self._separate()
-            sys.stdout.write(text)
+            sys.stdout.write(shown(text) if self._terminal else text)
             answer += text
         sys.stdout.flush()
         return answer
@@ -181,7 +184,7 @@ class Writer:
 
     def _reason(self, text: str) -> None:
         stream = sys.stdout if self._terminal else sys.stderr
-        stream.write(f"{DIM}{text}{PLAIN}" if stream.isatty() else text)
+        stream.write(f"{DIM}{shown(text)}{PLAIN}" if stream.isatty() else text)
         stream.flush()
         self._reasoned = True
 
@@ -191,6 +194,11 @@ class Writer:
             stream.write("\n")
             stream.flush()
             self._reasoned = False
+
+
+def shown(text: str) -> str:
+    """The text as a terminal may have it, control characters replaced."""
+    return text.translate(CONTROLS)
 
 
 class Interrupt:
