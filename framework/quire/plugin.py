@@ -25,6 +25,7 @@ from quire.contract.kv import NULL_BLOCK, Allocation, BlockCopy, KVAllocator, KV
 from quire.contract.metrics import MetricsInit, MetricsSink, RequestStats, StepStats
 from quire.contract.model import CausalLM, LayerFactory, ModelInit, ModelSpec, StepContext
 from quire.contract.ops import (
+    ELEMENTWISE_TILE,
     Activation,
     GatedActOp,
     GatedActSpec,
@@ -37,6 +38,7 @@ from quire.contract.ops import (
     OpSpec,
     RMSNormOp,
     RMSNormSpec,
+    elementwise,
 )
 from quire.contract.parsing import (
     OutputParser,
@@ -85,6 +87,7 @@ from quire.hooks import hookimpl
 from quire.params import SamplingParams
 
 __all__ = [
+    "ELEMENTWISE_TILE",
     "NULL_BLOCK",
     "POINTS",
     "Activation",
@@ -181,6 +184,7 @@ __all__ = [
     "ToolCallStart",
     "UnsupportedModel",
     "apply_rotary",
+    "elementwise",
     "head_norm",
     "hookimpl",
     "split_qkv",

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from quire import RequestError, SamplingParams
 from quire.contract.sampling import LogitsProcessor, ProcessorRequest, SamplerInit
 from quire.sampling.pipeline import NOT_FINITE, NOTHING_ALLOWED, SamplingPipeline, prompt_logprobs, validate_params

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from quire.sampling.philox import philox, uniform
 from quire.sampling.sampler import TorchSampler, candidate_weights
 from quire.testing.sampler import SamplerConformance

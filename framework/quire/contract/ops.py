@@ -7,6 +7,7 @@ never learns whose. Plain torch serves every spec, so a new device starts with a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -40,12 +41,13 @@ class RMSNormSpec(OpSpec):
 
 @dataclass(frozen=True, slots=True)
 class GatedActSpec(OpSpec):
-    """act(x[..., :size]) · x[..., size:] of x [T, 2·size]."""
+    """act(x[..., :size]) · x[..., size:] of x [T, 2·size]; `deterministic` as in `LinearSpec`."""
 
     kind: ClassVar[str] = "gated_act"
     size: int
     activation: Activation
     dtype: torch.dtype
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,26 @@ class MoESpec(OpSpec):
     activation: Activation
     dtype: torch.dtype
     deterministic: bool = False
+
+
+ELEMENTWISE_TILE = 16384
+"""Elements that `elementwise` computes at once: whole vectors, and too few to be split among threads."""
+
+
+def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function` of each element of x, every one computed by the vectorised path, wherever it stands.
+
+    Elementwise kernels compute what is left over at the end of a tensor, or of a thread's share of it,
+    by scalar code whose exp and tanh may differ in the last bit. Fixed, padded tiles leave nothing over.
+    """
+    flat = x.reshape(-1)
+    out = torch.empty_like(flat)
+    tile = torch.zeros(ELEMENTWISE_TILE, dtype=x.dtype, device=x.device)
+    for start in range(0, flat.numel(), ELEMENTWISE_TILE):
+        piece = flat[start : start + ELEMENTWISE_TILE]
+        tile[: piece.numel()] = piece
+        out[start : start + ELEMENTWISE_TILE] = function(tile)[: piece.numel()]
+    return out.view(x.shape)
 
 
 class RMSNormOp(Protocol):

@@ -141,7 +141,8 @@ class Engine:
             text = f"the step failed: {type(error).__name__}: {error}"
             rows = tuple(RowResult(row.request_id, error=text) for row in schedule.rows)
             return StepResult(schedule.step_id, rows)
-        self._failed_steps = 0
+        if not schedule.is_empty:
+            self._failed_steps = 0
         return result
 
     def _report(self, stats: StepStats) -> None:

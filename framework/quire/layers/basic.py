@@ -92,7 +92,7 @@ class GatedMLP:
     ) -> None:
         hidden_size, intermediate_size = sizes
         self._gate_up = Linear(init, table, gate_up, hidden_size, bias=bias)
-        self._act = init.layers.op(GatedActSpec(intermediate_size, activation, init.dtype))
+        self._act = init.layers.op(GatedActSpec(intermediate_size, activation, init.dtype, init.deterministic))
         self._down = Linear(init, table, [Source(down, hidden_size)], intermediate_size, bias=bias)
 
     def __call__(self, x: Tensor) -> Tensor:

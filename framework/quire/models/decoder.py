@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quire.contract.attention import AttentionLayer
 from quire.contract.model import CausalLM, ModelInit, ModelSpec, StepContext
-from quire.contract.ops import Activation
+from quire.contract.ops import Activation, elementwise
 from quire.layers.attention import Attention, AttentionNames, AttentionStyle
 from quire.layers.basic import Embedding, GatedMLP, Head, RMSNorm
 from quire.layers.linear import Source
@@ -96,6 +96,7 @@ class Decoder(CausalLM):
         self.attention_layers = attention_layers(config)
         self.vocab_size = config.vocab_size
         self._config = config
+        self._deterministic = init.deterministic
         self._table = table = WeightTable()
         self._embedding = Embedding(init, table, "model.embed_tokens", config.vocab_size, config.hidden_size)
         self._ropes = {name: Rotary(rope, init.max_model_len, init.device) for name, rope in config.ropes.items()}
@@ -120,7 +121,10 @@ class Decoder(CausalLM):
     def logits(self, hidden: Tensor) -> Tensor:
         logits = self._head(hidden)
         cap = self._config.final_softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        if cap is None:
+            return logits
+        capped = elementwise(torch.tanh, logits / cap) if self._deterministic else torch.tanh(logits / cap)
+        return capped * cap
 
     def load_weight(self, name: str, tensor: Tensor) -> bool:
         # Derived tables that old checkpoints carry along.

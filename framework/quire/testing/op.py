@@ -117,13 +117,15 @@ class OpConformance:
         weight = torch.randn(200, 3072, generator=_seeded(1)).to(dtype)
         state = linear.pack(weight, torch.randn(200, generator=_seeded(2)).to(dtype))
         norm = self.build(op_set, RMSNormSpec(3072, 1e-6, dtype))
-        act = self.build(op_set, GatedActSpec(1536, "silu", dtype))
-        moe = self.build(op_set, MoESpec(4, 2, 3072, 64, True, "silu", dtype, True))
-        up, down = (torch.randn(4, *shape, generator=_seeded(3)).to(dtype) / 50 for shape in ((128, 3072), (3072, 64)))
+        act = self.build(op_set, GatedActSpec(1536, "silu", dtype, True))
+        moe = self.build(op_set, MoESpec(4, 2, 3072, 41, True, "silu", dtype, True))
+        up, down = (torch.randn(4, *shape, generator=_seeded(3)).to(dtype) / 50 for shape in ((82, 3072), (3072, 41)))
+        odd = self.build(op_set, GatedActSpec(39, "gelu_tanh", dtype, True))
         functions = {
             "linear": lambda rows: linear(rows, state),
             "rms_norm": lambda rows: norm(rows, weight[0])[0],
             "gated_act": act,
+            "odd gated_act": lambda rows: odd(rows[:, :78]),
             "moe": lambda rows: moe(rows, rows[:, :4].contiguous(), up, down),
         }
         for name, function in functions.items():

@@ -19,7 +19,7 @@ class TorchMoE:
         size, inner = spec.hidden_size, spec.intermediate_size
         self._up = linear(LinearSpec(size, 2 * inner, False, spec.dtype, spec.deterministic))
         self._down = linear(LinearSpec(inner, size, False, spec.dtype, spec.deterministic))
-        self._act = TorchGatedAct(GatedActSpec(inner, spec.activation, spec.dtype))
+        self._act = TorchGatedAct(GatedActSpec(inner, spec.activation, spec.dtype, spec.deterministic))
 
     def __call__(self, x: Tensor, router_logits: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         weights, experts = route(router_logits, self.spec.top_k, self.spec.renormalize)

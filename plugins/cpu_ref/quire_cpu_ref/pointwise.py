@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from quire.plugin import GatedActSpec, RMSNormSpec
+from quire.plugin import GatedActSpec, RMSNormSpec, elementwise
 from torch import Tensor
 from torch.nn import functional
 
@@ -40,10 +40,8 @@ class TorchGatedAct:
 
     def __init__(self, spec: GatedActSpec) -> None:
         self._size = spec.size
-        self._activation = _ACTIVATIONS[spec.activation]
+        activation = _ACTIVATIONS[spec.activation]
+        self._activation = (lambda gate: elementwise(activation, gate)) if spec.deterministic else activation
 
     def __call__(self, x: Tensor) -> Tensor:
-        # A contiguous copy of the gate: a strided view would take another, scalar path for odd rows,
-        # and a row's result must not depend on where it stands.
-        gate = self._activation(x[..., : self._size].contiguous())
-        return gate * x[..., self._size :]
+        return self._activation(x[..., : self._size]) * x[..., self._size :]

@@ -1,0 +1,165 @@
+"""The threaded front end: streams, aborts, storms, and the death of the loop."""
+
+import asyncio
+import random
+
+import pytest
+from quire import AsyncLLM, EngineDead, RequestError, SamplingParams
+from quire.engine.engine import MAX_FAILED_STEPS
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+
+
+@pytest.fixture
+def llm(checkpoint):
+    engine = AsyncLLM(checkpoint("llama"), dtype="float32", num_kv_blocks=80, block_size=8, max_num_seqs=8)
+    yield engine
+    engine.shutdown()
+
+
+async def collect(llm, prompt, params=GREEDY, **options):
+    return [delta async for delta in llm.stream(prompt, params, **options)]
+
+
+async def quiet(llm):
+    """Wait until the engine has nothing left to do."""
+    for _ in range(500):
+        await llm.check_health()
+        if not llm.engine.has_work():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("the engine does not come to rest")
+
+
+def test_concurrent_streams_each_end_once(llm):
+    async def main():
+        return await asyncio.gather(*(collect(llm, [index + 3, 7, 8]) for index in range(30)))
+
+    for deltas in asyncio.run(main()):
+        assert [delta.finished for delta in deltas] == [False] * (len(deltas) - 1) + [True]
+        assert sum(len(delta.token_ids) for delta in deltas) == 12
+        assert deltas[-1].finish_reason == "length"
+
+
+def test_a_bad_request_fails_in_the_callers_stack(llm):
+    with pytest.raises(RequestError, match="empty"):
+        llm.prepare([])
+
+    async def main():
+        with pytest.raises(RequestError, match="max_model_len"):
+            await collect(llm, [5] * 300)
+        return await collect(llm, [5])
+
+    assert asyncio.run(main())[-1].finished
+
+
+def test_cancellation_frees_blocks(llm):
+    async def main():
+        task = asyncio.create_task(collect(llm, [3, 4], LONG))
+        await asyncio.sleep(0.1)
+        assert llm.engine.kv_stats().used > 0
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await quiet(llm)
+
+    asyncio.run(main())
+    assert llm.engine.kv_stats().used == 0
+
+
+def test_abort_by_id_gives_a_final_delta(llm):
+    async def main():
+        task = asyncio.create_task(collect(llm, [3, 4], LONG, request_id="mine"))
+        await asyncio.sleep(0.1)
+        await llm.abort("mi")  # a prefix of an id is no id
+        await llm.abort("mine")
+        return await task
+
+    deltas = asyncio.run(main())
+    assert (deltas[-1].finish_reason, deltas[-1].finished) == ("abort", True)
+
+
+def test_ids_in_use_are_refused(llm):
+    async def main():
+        first = asyncio.create_task(collect(llm, [3], LONG, request_id="same"))
+        await asyncio.sleep(0.05)
+        with pytest.raises(RequestError, match="in use"):
+            await collect(llm, [4], request_id="same")
+        await llm.abort("same")
+        assert (await first)[-1].finish_reason == "abort"
+        assert (await collect(llm, [4], request_id="same"))[-1].finish_reason == "length"
+
+    asyncio.run(main())
+
+
+def test_abort_storm_ends_with_all_blocks_free(llm):
+    rng = random.Random(5)
+
+    async def client(index):
+        prompt = [rng.randrange(3, 300) for _ in range(rng.randrange(1, 60))]
+        params = SamplingParams(n=rng.choice((1, 1, 3)), seed=index, max_tokens=rng.randrange(1, 30), ignore_eos=True)
+        await asyncio.sleep(rng.random() * 0.5)
+        count = 0
+        async for _ in llm.stream(prompt, params):
+            count += 1
+            if index % 2 and count > rng.randrange(6):
+                return "left"
+        return "done"
+
+    async def main():
+        outcomes = await asyncio.gather(*(client(index) for index in range(200)))
+        await quiet(llm)
+        return outcomes
+
+    outcomes = asyncio.run(main())
+    assert {"left", "done"} == set(outcomes)
+    stats = llm.engine.kv_stats()
+    assert (stats.used, stats.free) == (0, stats.total)
+    llm.engine.parts.allocator.check()
+    assert not llm._streams
+
+
+def test_everybody_is_told_when_the_loop_dies(llm, monkeypatch):
+    async def main():
+        tasks = [asyncio.create_task(collect(llm, [index + 3], LONG)) for index in range(5)]
+        await asyncio.sleep(0.1)
+        monkeypatch.setattr(llm.engine, "step", lambda: 1 / 0)
+        for deltas in await asyncio.gather(*tasks):
+            assert (deltas[-1].finish_reason, deltas[-1].finished) == ("error", True)
+            assert "engine has ended" in deltas[-1].error
+        with pytest.raises(EngineDead):
+            await collect(llm, [3])
+        with pytest.raises(EngineDead):
+            await llm.check_health()
+
+    asyncio.run(main())
+
+
+def test_steps_that_keep_failing_end_the_engine(llm, monkeypatch):
+    monkeypatch.setattr(llm.engine.parts.executor._model, "forward", lambda *args: 1 / 0)
+
+    async def main():
+        reasons = []
+        for index in range(MAX_FAILED_STEPS):
+            reasons.append((await collect(llm, [index + 3]))[-1].finish_reason)
+        with pytest.raises(EngineDead):
+            await collect(llm, [3])
+        return reasons
+
+    assert asyncio.run(main()) == ["error"] * MAX_FAILED_STEPS
+
+
+def test_shutdown_ends_streams_and_is_idempotent(checkpoint):
+    llm = AsyncLLM(checkpoint("llama"), dtype="float32", num_kv_blocks=80)
+
+    async def main():
+        task = asyncio.create_task(collect(llm, [3], LONG))
+        await asyncio.sleep(0.1)
+        await asyncio.to_thread(llm.shutdown)
+        return await task
+
+    assert asyncio.run(main())[-1].finish_reason == "error"
+    llm.shutdown()
+    with pytest.raises(EngineDead):
+        llm.prepare([3])

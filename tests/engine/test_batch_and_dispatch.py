@@ -1,0 +1,132 @@
+"""The batch builder against a definition token by token; the dispatcher; a runner that pads."""
+
+import random
+
+import pytest
+import torch
+from quire import LLM, SamplingParams
+from quire.contract.attention import GraphSupport
+from quire.contract.device import DeviceInit, GraphKey, GraphRunner
+from quire.contract.request import NewRow, Schedule, ScheduledRow
+from quire.engine.batch import BatchBuilder
+from quire.engine.dispatcher import GraphDispatcher
+from quire.engine.rows import RowTable
+from quire_cpu_ref.device import CpuDevice
+
+SIZE, LENGTH, SEQS = 4, 40, 6
+
+
+def random_rows(rng, table):
+    """Some slots taken by requests, in random states; the rows of a step."""
+    rows, new_rows, free_blocks = [], [], list(range(1, 200))
+    rng.shuffle(free_blocks)
+    for slot in rng.sample(range(SEQS), rng.randrange(1, SEQS + 1)):
+        tokens = tuple(rng.randrange(500) for _ in range(rng.randrange(1, LENGTH)))
+        computed = rng.randrange(len(tokens))
+        count = rng.randrange(1, len(tokens) - computed + 1)
+        blocks = tuple(free_blocks.pop() for _ in range(-(-(computed + count) // SIZE)))
+        new_rows.append(NewRow(slot, f"r{slot}", tokens, 1, SamplingParams(), 0, frozenset()))
+        rows.append(ScheduledRow(slot, f"r{slot}", computed, count, blocks, computed + count == len(tokens)))
+    table.apply(Schedule(0, new_rows=tuple(new_rows), rows=tuple(rows)))
+    return {row.slot: new.token_ids for row, new in zip(rows, new_rows, strict=True)}, rows
+
+
+@pytest.mark.parametrize("padding", [None, (2, 9)])
+@pytest.mark.parametrize("seed", range(15))
+def test_batch_by_definition(seed, padding):
+    table = RowTable(SEQS, LENGTH, SIZE, torch.device("cpu"))
+    tokens, rows = random_rows(random.Random(seed), table)
+    builder = BatchBuilder(table, CpuDevice(DeviceInit()), SEQS * LENGTH + 10, SIZE)
+    total = sum(row.num_new_tokens for row in rows)
+    key = None
+    if padding is not None:
+        key = GraphKey(0, min(SEQS, len(rows) + padding[0]), total + padding[1])
+    inputs = builder.build(rows, key)
+    batch = inputs.attention
+    assert (batch.num_reqs, batch.num_tokens) == ((key.num_reqs, key.num_tokens) if key else (len(rows), total))
+    at = 0
+    for index, row in enumerate(rows):
+        end = row.num_computed_tokens + row.num_new_tokens
+        assert batch.query_start_loc[index : index + 2].tolist() == [at, at + row.num_new_tokens]
+        assert int(batch.seq_lens[index]) == end
+        for position in range(row.num_computed_tokens, end):
+            assert int(inputs.input_ids[at]) == tokens[row.slot][position]
+            assert int(inputs.positions[at]) == position
+            block = row.new_block_ids[position // SIZE]
+            assert int(batch.slot_mapping[at]) == block * SIZE + position % SIZE
+            assert int(batch.block_table[index, position // SIZE]) == block
+            at += 1
+    sampled = [int(batch.query_start_loc[i + 1]) - 1 for i, row in enumerate(rows) if row.samples]
+    assert inputs.sample_rows.tolist() == sampled
+    assert batch.query_start_loc[len(rows) :].tolist() == [total] * (batch.num_reqs - len(rows) + 1)
+    assert not batch.seq_lens[len(rows) :].any()
+    assert all(slot < SIZE for slot in batch.slot_mapping[total:].tolist()), "padding must point into the null block"
+    assert torch.equal(batch.seq_lens, batch.seq_lens_host)
+    lengths = {row.num_new_tokens for row in rows}
+    assert batch.uniform_query_len == (lengths.pop() if len(lengths) == 1 else 0)
+
+
+def test_taking_an_occupied_slot_is_caught():
+    table = RowTable(SEQS, LENGTH, SIZE, torch.device("cpu"))
+    new = NewRow(1, "a", (1, 2), 1, SamplingParams(), 0, frozenset())
+    table.apply(Schedule(0, new_rows=(new,)))
+    with pytest.raises(AssertionError, match="slot 1"):
+        table.apply(Schedule(1, new_rows=(new,)))
+    table.apply(Schedule(2, released=(1,), new_rows=(new,)))
+
+
+KEYS = [GraphKey(1, 4, 4), GraphKey(1, 8, 8), GraphKey(0, 8, 32), GraphKey(2, 4, 8)]
+
+
+@pytest.mark.parametrize(
+    ("step", "level", "key"),
+    [
+        ((1, 3, 3), GraphSupport.ANY, KEYS[0]),
+        ((1, 5, 5), GraphSupport.UNIFORM, KEYS[1]),
+        ((0, 3, 20), GraphSupport.ANY, KEYS[2]),
+        ((0, 3, 20), GraphSupport.UNIFORM, None),
+        ((2, 3, 6), GraphSupport.ANY, KEYS[3]),
+        ((1, 9, 9), GraphSupport.ANY, None),
+        ((1, 1, 1), GraphSupport.NEVER, None),
+        ((0, 3, 33), GraphSupport.ANY, None),
+    ],
+)
+def test_the_smallest_key_that_fits(step, level, key):
+    assert GraphDispatcher(KEYS, {"attention": level, "other": GraphSupport.ANY}).pick(*step) == key
+
+
+def test_the_log_names_what_limits_graphs(caplog):
+    with caplog.at_level("INFO"):
+        GraphDispatcher(KEYS, {"attention": GraphSupport.ANY, "slow sampler": GraphSupport.UNIFORM})
+    assert "slow sampler" in caplog.text
+
+
+class Buckets(GraphRunner):
+    """Runs eagerly, but pads to sizes as a graph would, and notes them."""
+
+    def __init__(self):
+        self.used = []
+
+    def keys(self):
+        return [GraphKey(1, size, size) for size in (2, 4, 8)] + [GraphKey(0, 8, 64)]
+
+    def run(self, key, work):
+        self.used.append(key)
+        return work()
+
+
+def test_padded_steps_give_the_same_tokens(checkpoint, monkeypatch):
+    import dataclasses
+
+    from quire_cpu_ref.attention import CpuRefAttention
+
+    prompts = [[5, 6, 7], [8] * 30, [9]]
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    options = {"dtype": "float32", "num_kv_blocks": 60, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+    plain = LLM(checkpoint("qwen3"), **options).generate(prompts, params, use_tqdm=False)
+    runner = Buckets()
+    monkeypatch.setattr(CpuDevice, "graph_runner", lambda self: runner)
+    monkeypatch.setattr(CpuRefAttention, "caps", dataclasses.replace(CpuRefAttention.caps, graph=GraphSupport.ANY))
+    padded = LLM(checkpoint("qwen3"), **options).generate(prompts, params, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in padded] == [o.outputs[0].token_ids for o in plain]
+    assert {GraphKey(0, 8, 64), GraphKey(1, 4, 4)} <= set(runner.used)
