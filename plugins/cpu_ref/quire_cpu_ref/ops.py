@@ -28,6 +28,7 @@ class TorchOps(OpSet):
         raise UnsupportedModel(f"operation {spec.kind!r} is not one of {sorted(self.kinds)}")
 
     def _linear(self, spec: LinearSpec) -> Any:
+        packed = packs_well(spec, self.init.device)
         if spec.deterministic:
-            return DeterministicLinear(spec)
-        return PackedLinear(spec) if packs_well(spec, self.init.device) else TorchLinear(spec)
+            return DeterministicLinear(spec, packed=packed)
+        return PackedLinear(spec) if packed else TorchLinear(spec)

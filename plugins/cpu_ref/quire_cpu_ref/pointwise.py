@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from quire.plugin import GatedActSpec, RMSNormSpec, elementwise
 from torch import Tensor
 from torch.nn import functional
@@ -26,12 +25,11 @@ class TorchRMSNorm:
         if residual is not None:
             x = residual = residual + x
         spec = self.spec
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + spec.eps)
         if spec.weight_offset:
-            normed = (wide * (weight.float() + spec.weight_offset)).to(x.dtype)
-        else:
-            normed = wide.to(x.dtype) * weight
+            normed = functional.rms_norm(x.float(), (spec.size,), None, spec.eps)
+            return (normed * (weight.float() + spec.weight_offset)).to(x.dtype), residual
+        # Given the weight, rms_norm would round once, behind the product; models round before it as well.
+        normed = functional.rms_norm(x, (spec.size,), None, spec.eps) * weight
         return normed, residual
 
 
