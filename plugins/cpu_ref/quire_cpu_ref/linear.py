@@ -94,7 +94,7 @@ def multiply(x: Tensor, state: LinearState) -> Tensor:
 
 def packs_well(spec: LinearSpec, device: torch.device) -> bool:
     """Whether packing is possible here and pays: float32, and bfloat16 where the processor computes it natively."""
-    if device.type != "cpu" or not torch._C.has_mkldnn:
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if spec.dtype is torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
