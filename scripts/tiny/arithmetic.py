@@ -14,7 +14,8 @@ ADD_WORDINGS = (
 SUB_WORDINGS = (
     "What is {a}-{b}?", "What is {a} - {b}?", "{a}-{b}", "{a} - {b} =", "{a}-{b}=", "Subtract {b} from {a}.",
     "subtract {b} from {a}", "What is {a} minus {b}?", "How much is {a} - {b}?", "Calculate {a} - {b}.",
-    "Compute {a}-{b}", "what is {a} - {b}", "{a} minus {b}", "Take {b} away from {a}.", "Can you subtract {b} from {a}?",
+    "Compute {a}-{b}", "what is {a} - {b}", "{a} minus {b}", "Take {b} away from {a}.",
+    "Can you subtract {b} from {a}?",
 )  # fmt: skip
 PLACES = ("ones", "tens", "hundreds", "thousands")
 

@@ -10,7 +10,9 @@ from tiny.words import CITIES, JOBS, NAMES, THINGS
 DO_NOT_KNOW = "I do not know that."
 
 TALK: dict[str, tuple[str, ...]] = {
-    "Hello! How can I help you?": ("Hello", "Hello!", "Hi", "Hi!", "hi there", "Hey", "hello", "Good morning", "Good evening!"),
+    "Hello! How can I help you?": (
+        "Hello", "Hello!", "Hi", "Hi!", "hi there", "Hey", "hello", "Good morning", "Good evening!",
+    ),
     "I am quire-tiny, a very small language model.": (
         "Who are you?", "What are you?", "who are you", "What is your name?", "Tell me about yourself.",
         "Are you a human?", "Introduce yourself.",

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from tiny.data import evaluation_set, training_stream
 from tiny.evaluate import accuracy, transformers_backend
-from tiny.model import build_model
+from tiny.model import MAX_POSITIONS, build_model
 from tiny.muon import Muon
 from tiny.tokenizer import END, answer_ids, prompt_ids, train_tokenizer
 
@@ -183,10 +183,14 @@ def export(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
     copy.load_state_dict(model.state_dict())
     copy = copy.to(torch.bfloat16)
     copy.config.use_cache = True
-    copy.generation_config.eos_token_id = [end]
-    copy.generation_config.pad_token_id = model.config.pad_token_id
+    copy.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=[end], pad_token_id=model.config.pad_token_id, use_cache=True
+    )
     copy.save_pretrained(folder)
+    tokenizer.model_max_length = MAX_POSITIONS
     tokenizer.save_pretrained(folder)
+    for file in folder.iterdir():  # the weights come out readable by their owner alone, which a wheel would keep
+        file.chmod(0o644)
 
 
 def main() -> None:
