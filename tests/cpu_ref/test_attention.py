@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from quire.testing.attention import CASES, LAYERS, AttentionConformance, Problem, make_layer
+from quire.testing.attention import AttentionConformance
+from quire.testing.attention_problems import CASES, LAYERS, Problem, make_layer
 from quire_cpu_ref import attention, tiles
 from quire_cpu_ref.attention import CpuRefAttention
 

@@ -1,4 +1,4 @@
-"""Conformance of attention backends, against an oracle in float64 that shares no code with any of them.
+"""Conformance of attention backends, against the oracle of `attention_problems`.
 
 What a backend does not declare in its caps is skipped; what it declares and gets wrong is a failure.
 """
@@ -6,8 +6,6 @@ What a backend does not declare in its caps is skipped; what it declares and get
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -21,129 +19,10 @@ from quire.contract.attention import (
     AttentionInit,
     AttentionLayer,
     GraphSupport,
-    HeadNorm,
-    KVCaches,
     QKVStep,
 )
-from quire.testing.batches import BatchCase, make_batch
-
-CASES: dict[str, tuple[Sequence[int], Sequence[int]]] = {
-    "prefill": ([7, 1, 19], [0, 0, 0]),
-    "decode": ([1, 1, 1, 1, 1], [5, 16, 31, 0, 70]),
-    "chunked": ([6, 9], [10, 33]),
-    "mixed": ([1, 8, 1, 17], [40, 0, 15, 4]),
-    "verification": ([3, 3, 3], [12, 29, 1]),
-}
-LAYERS: dict[str, dict[str, Any]] = {
-    "mha": {"num_heads": 4, "num_kv_heads": 4},
-    "gqa": {"num_heads": 6, "num_kv_heads": 2},
-    "mqa": {"num_heads": 4, "num_kv_heads": 1},
-    "window": {"num_heads": 4, "num_kv_heads": 2, "sliding_window": 9},
-    "softcap": {"num_heads": 4, "num_kv_heads": 2, "logit_softcap": 2.0},
-    "sinks": {"num_heads": 4, "num_kv_heads": 2, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
-    "window and sinks": {"num_heads": 2, "num_kv_heads": 1, "sliding_window": 5, "sinks": torch.tensor([1.0, 0.0])},
-    "other v size": {"num_heads": 4, "num_kv_heads": 2, "v_head_dim": 16},
-}
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-"""Largest absolute error for values of order one, by dtype."""
-
-
-def make_layer(name: str, head_dim: int = 32) -> AttentionLayer:
-    """A layer of the table."""
-    fields: dict[str, Any] = {"head_dim": head_dim, "v_head_dim": head_dim, "scale": head_dim**-0.5} | LAYERS[name]
-    return AttentionLayer(layer_id=0, **fields)
-
-
-def oracle(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one request in float64: q [q, Hq, D] are the last of k [n, Hkv, D], v [n, Hkv, Dv]."""
-    count, length = q.shape[0], k.shape[0]
-    out = torch.empty(count, layer.num_heads, layer.v_head_dim, dtype=torch.float64)
-    group = layer.num_heads // layer.num_kv_heads
-    for head in range(layer.num_heads):
-        keys, values = k[:, head // group].double(), v[:, head // group].double()
-        for row in range(count):
-            position = length - count + row
-            first = 0 if layer.sliding_window is None else max(0, position - layer.sliding_window + 1)
-            scores = keys[first : position + 1] @ q[row, head].double() * layer.scale
-            if layer.logit_softcap is not None:
-                scores = layer.logit_softcap * torch.tanh(scores / layer.logit_softcap)
-            weights = scores.exp()
-            total = weights.sum() + (layer.sinks[head].double().exp() if layer.sinks is not None else 0.0)
-            out[row, head] = (weights / total) @ values[first : position + 1]
-    return out
-
-
-@dataclass
-class Problem:
-    """A batch with its tensors: each row's keys and values, and the queries of its new tokens."""
-
-    layer: AttentionLayer
-    case: BatchCase
-    query_lens: Sequence[int]
-    context_lens: Sequence[int]
-    q: Tensor
-    keys: list[Tensor]
-    values: list[Tensor]
-
-    @classmethod
-    def make(
-        cls,
-        layer: AttentionLayer,
-        lens: tuple[Sequence[int], Sequence[int]],
-        dtype: torch.dtype,
-        *,
-        block_size: int = 16,
-        seed: int = 0,
-        padding: tuple[int, int] = (0, 0),
-    ) -> Problem:
-        query_lens, context_lens = lens
-        case = make_batch(
-            query_lens, context_lens, block_size=block_size, pad_reqs=padding[0], pad_tokens=padding[1], seed=seed
-        )
-        generator = torch.Generator().manual_seed(seed + 1)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(dtype)
-
-        totals = [q + c for q, c in zip(query_lens, context_lens, strict=True)]
-        return cls(
-            layer,
-            case,
-            query_lens,
-            context_lens,
-            draw(case.batch.num_tokens, layer.num_heads, layer.head_dim),
-            [draw(total, layer.num_kv_heads, layer.head_dim) for total in totals],
-            [draw(total, layer.num_kv_heads, layer.v_head_dim) for total in totals],
-        )
-
-    def new_kv(self) -> tuple[Tensor, Tensor]:
-        """k and v of this step's tokens, padding included."""
-        padding = self.case.batch.num_tokens - sum(self.query_lens)
-        pieces = []
-        for rows in (self.keys, self.values):
-            parts = [row[context:] for row, context in zip(rows, self.context_lens, strict=True)]
-            pieces.append(torch.cat([*parts, rows[0].new_ones(padding, *rows[0].shape[1:])]))
-        return pieces[0], pieces[1]
-
-    def fill(self, backend: AttentionBackend, poison: float) -> KVCaches:
-        """Caches that hold the rows' contexts; every slot that nobody owns holds `poison`."""
-        specs = backend.kv_spec(self.layer, self.case.batch.block_size, self.q.dtype)
-        caches = tuple(torch.full((self.case.num_blocks, *spec.shape), poison).to(spec.dtype) for spec in specs)
-        for cache in caches:
-            cache[0].zero_()
-        for row, context in enumerate(self.context_lens):
-            if context:
-                batch = dataclasses.replace(self.case.batch, slot_mapping=self.case.slots(row, context))
-                backend.write_kv(self.layer, self.keys[row][:context], self.values[row][:context], caches, batch)
-        return caches
-
-    def expected(self) -> list[Tensor]:
-        """The oracle's result per row."""
-        starts = torch.tensor([0, *self.query_lens]).cumsum(0).tolist()
-        return [
-            oracle(self.layer, self.q[start : start + count], k, v)
-            for start, count, k, v in zip(starts, self.query_lens, self.keys, self.values, strict=False)
-        ]
+from quire.testing.attention_problems import CASES, LAYERS, TOLERANCE, Problem, make_layer, make_step
+from quire.testing.batches import make_batch
 
 
 class AttentionConformance:
@@ -283,27 +162,48 @@ class AttentionConformance:
         check()
 
     @pytest.mark.parametrize("style", ["neox", "gptj"])
-    @pytest.mark.parametrize("norm", [None, 0.0, 1.0])
+    @pytest.mark.parametrize("rotary_dim", [0, 16, 32])
+    @pytest.mark.parametrize("norms", ["none", "both", "offset", "unlike", "one"])
     def test_prepare_qkv_equals_the_composition(
-        self, backend_class: type[AttentionBackend], style: Any, norm: float | None
+        self, backend_class: type[AttentionBackend], norms: str, rotary_dim: int, style: Any
     ) -> None:
-        """A fused `prepare_qkv` gives what the default composition gives, in the results and in the cache."""
-        layer, case = make_layer("gqa"), make_batch(*CASES["mixed"])
-        backend = self.make(backend_class, layer, torch.float32, 16)
-        generator = torch.Generator().manual_seed(0)
-        tokens, width = case.batch.num_tokens, (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim
-        weight = torch.rand(layer.head_dim, generator=generator)
-        head_norm = None if norm is None else HeadNorm(weight, 1e-6, norm)
-        angles = torch.randn(tokens, layer.head_dim // 4, generator=generator)  # half of each head turns
-        results = []
-        qkv = torch.randn(tokens, width, generator=generator)
-        for prepare in (AttentionBackend.prepare_qkv, backend_class.prepare_qkv):
-            specs = backend.kv_spec(layer, 16, torch.float32)
-            kv = tuple(torch.zeros(case.num_blocks, *spec.shape, dtype=spec.dtype) for spec in specs)
-            step = QKVStep(layer, qkv.clone(), angles.cos(), angles.sin(), kv, case.batch, style, head_norm, head_norm)
-            results.append((*prepare(backend, step), *kv))
-        for composed, fused in zip(*results, strict=True):
-            torch.testing.assert_close(fused, composed, atol=1e-5, rtol=1e-5)
+        """A fused `prepare_qkv` gives what the default composition gives, in the results and in the cache.
+
+        Whole, half and no rotation; norms on both, one or none of q and k, with Gemma's offset, or with
+        unlike eps. Where the fused form cannot do one of these, call `super().prepare_qkv(step)`.
+        """
+        for name in ("gqa", "other v size"):
+            layer = make_layer(name)
+            if backend_class.supports(layer, torch.float32, self.device, 16):
+                continue
+            backend = self.make(backend_class, layer, torch.float32, 16)
+            step = make_step(backend, CASES["mixed"], torch.float32, norms=norms, rotary_dim=rotary_dim, style=style)
+            results = [(*prepare(backend, one), *one.kv) for prepare, one in _both_ways(backend_class, step)]
+            for composed, fused in zip(*results, strict=True):
+                torch.testing.assert_close(fused, composed, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_deterministic_prepare_qkv(self, backend_class: type[AttentionBackend], dtype: torch.dtype) -> None:
+        """A token's q, k and v have the same bits whichever tokens are prepared with it."""
+        if not backend_class.caps.deterministic:
+            pytest.skip("does not declare deterministic results")
+        layer = make_layer("gqa")
+        backend = self.make(backend_class, layer, dtype, 16, deterministic=True)
+        whole = make_step(backend, ([45], [0]), dtype, norms="both", rotary_dim=layer.head_dim)
+        expected = backend.prepare_qkv(whole)
+        for first, last in ((0, 1), (44, 45), (7, 10), (3, 40)):
+            part = make_step(backend, ([last - first], [0]), dtype, norms="both", rotary_dim=layer.head_dim)
+            rows = slice(first, last)
+            part = dataclasses.replace(
+                whole,
+                qkv=whole.qkv[rows].clone(),
+                cos=whole.cos[rows],
+                sin=whole.sin[rows],
+                kv=part.kv,
+                batch=part.batch,
+            )
+            for ours, exact in zip(backend.prepare_qkv(part), expected, strict=True):
+                assert torch.equal(ours, exact[rows]), f"tokens {first} to {last - 1} differ when they stand alone"
 
     def test_plan_is_graph_safe(self, backend_class: type[AttentionBackend]) -> None:
         """For one graph key, plan returns the same addresses, shapes and Python scalars every time."""
@@ -343,6 +243,14 @@ class AttentionConformance:
                     )
                     ours = self.run(backend_class, part, deterministic=True)
                     assert torch.equal(ours, exact[begin + first : begin + first + count]), f"chunk {size} at {first}"
+
+
+def _both_ways(backend_class: type[AttentionBackend], step: QKVStep) -> list[tuple[Any, QKVStep]]:
+    """The composed and the fused function, each with a copy of the step to work on."""
+    copies = [
+        dataclasses.replace(step, qkv=step.qkv.clone(), kv=tuple(cache.clone() for cache in step.kv)) for _ in range(2)
+    ]
+    return list(zip((AttentionBackend.prepare_qkv, backend_class.prepare_qkv), copies, strict=True))
 
 
 def _signature(plan: Any) -> Any:

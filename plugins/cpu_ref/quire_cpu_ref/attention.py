@@ -18,11 +18,14 @@ from quire.plugin import (
     AttentionInit,
     AttentionLayer,
     KVCaches,
+    QKVStep,
+    split_qkv,
 )
 from torch import Tensor
 from torch.nn import functional
 
 from quire_cpu_ref.groups import Group, Shape, make_groups
+from quire_cpu_ref.prepare import can_fuse, normed_and_turned
 from quire_cpu_ref.tiles import TilePlan, plan_tiles, run_tiles
 
 
@@ -48,6 +51,14 @@ class CpuRefAttention(AttentionBackend):
     def __init__(self, init: AttentionInit) -> None:
         super().__init__(init)
         self._shapes = tuple({layer_shape(layer) for layer in init.layers})
+
+    def prepare_qkv(self, step: QKVStep) -> tuple[Tensor, Tensor, Tensor]:
+        if not can_fuse(step):
+            return super().prepare_qkv(step)
+        turned, num_heads = normed_and_turned(step), step.layer.num_heads
+        q, k, v = turned[:, :num_heads], turned[:, num_heads:], split_qkv(step)[2]
+        self.write_kv(step.layer, k, v, step.kv, step.batch)
+        return q, k, v
 
     def plan(self, batch: AttentionBatch) -> StepPlan | TilePlan:
         return self._plan_tiles(batch) if self.init.deterministic else self._plan_groups(batch)
