@@ -1,0 +1,230 @@
+"""Seeded faults, each a plausible bug, and the tests that must notice it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KV = "tests/kv"
+SCHEDULING = "tests/scheduling"
+SAMPLING = "tests/sampling"
+BATCH = "tests/engine/test_batch_and_dispatch.py"
+TEXT = "tests/tokenizer"
+DETERMINISTIC = "tests/engine/test_deterministic.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One fault: in `file`, `old` (which occurs exactly once) becomes `new`; `tests` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+POOL = "framework/quire/kv/pool.py"
+PAGED = "framework/quire/kv/paged.py"
+RADIX = "framework/quire/kv/radix.py"
+CONTINUOUS = "framework/quire/scheduling/continuous.py"
+SAMPLER = "framework/quire/sampling/sampler.py"
+PROCESSORS = "framework/quire/sampling/processors.py"
+PIPELINE = "framework/quire/sampling/pipeline.py"
+BUILDER = "framework/quire/engine/batch.py"
+DETOKENIZER = "framework/quire/tokenizer/detokenizer.py"
+
+MUTANTS = (
+    Mutant(
+        "kv: full block one token early", POOL, "full = num_computed // size", "full = (num_computed + 1) // size", KV
+    ),
+    Mutant(
+        "kv: no reference on a hit",
+        POOL,
+        "        for block in adopted:\n            self._refs[block] += 1\n",
+        "",
+        KV,
+    ),
+    Mutant("kv: null block granted", POOL, "deque(range(1, init.num_blocks))", "deque(range(init.num_blocks))", KV),
+    Mutant(
+        "kv: shared block freed twice",
+        POOL,
+        "if self._refs[block]:\n                continue",
+        "if False:\n                continue",
+        KV,
+    ),
+    Mutant(
+        "kv: fork writes into the parent's block",
+        POOL,
+        "shared = parent.blocks[:full]",
+        "shared = parent.blocks[: full + 1]",
+        KV,
+    ),
+    Mutant(
+        "kv: copy of the wrong length",
+        POOL,
+        "BlockCopy(source, granted[0], rest)",
+        "BlockCopy(source, granted[0], rest - 1)",
+        KV,
+    ),
+    Mutant(
+        "kv: hit evicted while it is adopted",
+        POOL,
+        "unparked = {block for block in hit.block_ids if self._index.unpark(block)}",
+        "unparked = set()",
+        KV,
+    ),
+    Mutant(
+        "kv: failed content stays published",
+        POOL,
+        "self._plain.extend(self._index.withdraw(block))\n        self._release",
+        "pass\n        self._release",
+        KV,
+    ),
+    Mutant("kv: salt ignored", PAGED, "hashlib.blake2b(salt.encode(),", "hashlib.blake2b(b'',", KV),
+    Mutant("kv: parent left out of the hash", PAGED, "parent + array(", "array(", KV),
+    Mutant(
+        "kv: newest evicted first", PAGED, "return next(iter(self._parked))", "return next(reversed(self._parked))", KV
+    ),
+    Mutant("radix: part of a block counted as whole", RADIX, "start += length", "start += size", KV),
+    Mutant(
+        "scheduler: budget ignored",
+        CONTINUOUS,
+        "count = min(request.num_tokens - request.num_computed_tokens, round_.budget)",
+        "count = request.num_tokens - request.num_computed_tokens",
+        SCHEDULING,
+    ),
+    Mutant(
+        "scheduler: preempted request keeps its progress",
+        CONTINUOUS,
+        "        request.num_computed_tokens = 0\n",
+        "",
+        SCHEDULING,
+    ),
+    Mutant(
+        "scheduler: whole prompt taken from the cache",
+        CONTINUOUS,
+        "length = 0 if wants_all else request.num_tokens - 1",
+        "length = 0 if wants_all else request.num_tokens",
+        SCHEDULING,
+    ),
+    Mutant(
+        "scheduler: pending tokens forgotten",
+        CONTINUOUS,
+        "        request.num_pending_tokens += samples\n",
+        "",
+        SCHEDULING,
+    ),
+    Mutant(
+        "scheduler: blocks freed under a step in flight",
+        CONTINUOUS,
+        "        if self._outstanding[key]:\n            return\n",
+        "",
+        SCHEDULING,
+    ),
+    Mutant("scheduler: slot not released", CONTINUOUS, "        self._released.append(request.slot)\n", "", SCHEDULING),
+    Mutant(
+        "scheduler: fork before the parent's prompt is computed",
+        CONTINUOUS,
+        "return parent.request_id in self._forkable",
+        "return parent.request_id in self._running",
+        SCHEDULING,
+    ),
+    Mutant(
+        "scheduler: victims without bound", CONTINUOUS, "MAX_PREEMPTIONS = 3", "MAX_PREEMPTIONS = 10**9", SCHEDULING
+    ),
+    Mutant(
+        "scheduler: prompt log probabilities lost to the cache",
+        CONTINUOUS,
+        "wants_all = request.params.prompt_logprobs is not None",
+        "wants_all = False",
+        SCHEDULING,
+    ),
+    Mutant(
+        "policy: no ageing",
+        "framework/quire/scheduling/policies.py",
+        "request.priority - waited / self._seconds_per_level",
+        "request.priority",
+        SCHEDULING,
+    ),
+    Mutant(
+        "sampler: top-k one too many",
+        SAMPLER,
+        "scaled.topk(k).values[-1]",
+        "scaled.topk(min(k + 1, scaled.numel())).values[-1]",
+        SAMPLING,
+    ),
+    Mutant("sampler: top-p before renormalising", SAMPLER, "cumulative[-1] * top_p", "top_p", SAMPLING),
+    Mutant(
+        "sampler: min-p of the mass",
+        SAMPLER,
+        "weights.masked_fill(weights < min_p, 0.0)",
+        "weights.masked_fill(weights < min_p * weights.sum(), 0.0)",
+        SAMPLING,
+    ),
+    Mutant(
+        "sampler: position ignored",
+        "framework/quire/sampling/philox.py",
+        "counter = (positions & _MASK,",
+        "counter = (zero,",
+        SAMPLING,
+    ),
+    Mutant(
+        "sampler: draw depends on the row", SAMPLER, "draw(weights, draws[row])", "draw(weights, draws[0])", SAMPLING
+    ),
+    Mutant(
+        "penalties: prompt counts as output",
+        PROCESSORS,
+        "_count(output, known[request.num_prompt_tokens :])",
+        "_count(output, known)",
+        SAMPLING,
+    ),
+    Mutant(
+        "min_tokens: one too few",
+        PROCESSORS,
+        "if known + 1 <= minimum.num_tokens:",
+        "if known + 1 < minimum.num_tokens:",
+        SAMPLING,
+    ),
+    Mutant(
+        "pipeline: log probabilities after the processors",
+        PIPELINE,
+        "raw = logits[wanted].clone()",
+        "raw = logits[wanted] + 0 * self._process(logits, slots, num_tokens, token_ids)",
+        SAMPLING,
+    ),
+    Mutant(
+        "batch: position off by one",
+        BUILDER,
+        "np.repeat(starts[:-1] - computed, new)",
+        "np.repeat(starts[:-1] - computed - 1, new)",
+        BATCH,
+    ),
+    Mutant(
+        "batch: padding outside the null block",
+        BUILDER,
+        "null_slot + padding % self._block_size",
+        "null_slot + padding + self._block_size",
+        BATCH,
+    ),
+    Mutant(
+        "batch: padding rows have a length",
+        BUILDER,
+        "self._seq_lens.array[num_reqs:padded_reqs] = 0",
+        "self._seq_lens.array[num_reqs:padded_reqs] = 1",
+        BATCH,
+    ),
+    Mutant(
+        "batch: first row sampled instead of last", BUILDER, "starts[1:][samples] - 1", "starts[:-1][samples]", BATCH
+    ),
+    Mutant("text: stop string shown", DETOKENIZER, "keep = self._longest_start(whole)", "keep = 0", TEXT),
+    Mutant(
+        "text: half characters shown", DETOKENIZER, "if not text or text.endswith(INCOMPLETE):", "if not text:", TEXT
+    ),
+    Mutant(
+        "deterministic: tiles follow the chunk",
+        "plugins/cpu_ref/quire_cpu_ref/tiles.py",
+        "range(first // TILE * TILE, lengths[row], TILE)",
+        "range(first, lengths[row], TILE)",
+        DETERMINISTIC,
+    ),
+)

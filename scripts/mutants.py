@@ -1,0 +1,73 @@
+"""Seeds each fault of `mutant_table` into a copy of the tree and shows that the tests notice it.
+
+    python scripts/mutants.py [--only TEXT]
+
+Exit code 1 if one survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from mutant_table import MUTANTS, Mutant
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("framework", "plugins", "tests", "scripts", "pyproject.toml")
+PACKAGES = ("framework", "plugins/cpu_ref", "plugins/quant")
+
+
+def is_killed(mutant: Mutant, tree: Path) -> bool:
+    """Whether the mutant's tests fail in a tree that has the fault."""
+    path = tree / mutant.file
+    original = path.read_text(encoding="utf-8")
+    if original.count(mutant.old) != 1:
+        raise SystemExit(
+            f"{mutant.name}: its text occurs {original.count(mutant.old)} times in {mutant.file}, not once"
+        )
+    path.write_text(original.replace(mutant.old, mutant.new), encoding="utf-8")
+    try:
+        paths = os.pathsep.join(str(tree / package) for package in PACKAGES)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", mutant.tests]
+        answer = subprocess.run(
+            command, cwd=tree, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, timeout=600, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return True  # a fault that hangs is noticed
+    finally:
+        path.write_text(original, encoding="utf-8")
+    if answer.returncode not in (0, 1):
+        raise SystemExit(f"{mutant.name}: pytest could not run:\n{answer.stdout.decode()[-2000:]}")
+    return answer.returncode == 1
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="mutants whose name contains this text")
+    wanted = parser.parse_args().only
+    chosen = [mutant for mutant in MUTANTS if wanted in mutant.name]
+    survivors = 0
+    with tempfile.TemporaryDirectory() as name:
+        tree = Path(name)
+        for entry in COPIED:
+            source = ROOT / entry
+            if source.is_dir():
+                shutil.copytree(source, tree / entry, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, tree / entry)
+        for index, mutant in enumerate(chosen, start=1):
+            killed = is_killed(mutant, tree)
+            survivors += not killed
+            print(f"{index:3}/{len(chosen)}  {'killed' if killed else 'SURVIVED':9} {mutant.name}", flush=True)
+    print(f"{len(chosen) - survivors} killed, {survivors} survived")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
