@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from tiny.arithmetic import addition, subtraction
 from tiny.lists import copying, counting, reversing, sorting
-from tiny.recall import recall
+from tiny.recall import recall, recall_turns
 from tiny.sample import Sample
 from tiny.structured import json_object, tool_call
 from tiny.talk import talk, unknown
@@ -45,12 +45,22 @@ TASKS = (
 )
 
 
-def training_stream(seed: int) -> Iterator[Sample]:
+PRACTICE = (
+    *(replace(task, share=task.share / 2) for task in TASKS if task.name != "recall"),
+    Task("recall", recall, 12),
+    Task("recall-turns", recall_turns, 20),
+    Task("tool-or-none", lambda rng: tool_call(rng, no_tool_share=0.5), 10),
+)
+"""The mixture of a second stage, for what the first learns worst: looking a fact up by its subject, and not calling
+a tool that is not offered."""
+
+
+def training_stream(seed: int, tasks: Sequence[Task] = TASKS) -> Iterator[Sample]:
     """Endless samples whose problems are not held out."""
     rng = random.Random(seed)
-    shares = [task.share for task in TASKS]
+    shares = [task.share for task in tasks]
     while True:
-        task = rng.choices(TASKS, shares)[0]
+        task = rng.choices(tasks, shares)[0]
         sample = task.make(rng)
         if not (task.held_out and sample.is_held_out):
             yield sample

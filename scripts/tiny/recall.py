@@ -16,6 +16,26 @@ def recall(rng: random.Random) -> Sample:
     return _from_turns(rng) if rng.random() < 0.3 else _from_text(rng)
 
 
+def recall_turns(rng: random.Random) -> Sample:
+    """Several questions on one short text, every answer learnt: many look-ups per token, for practice only.
+
+    A question that would be held out as a problem of its own is not asked.
+    """
+    count = rng.randrange(2, 13)
+    facts = [_fact(rng, subject) for subject in rng.sample(NAMES, count)]
+    asked = [fact for fact in facts if not Sample("recall", f"{fact[0]}{count}", (), "", "").is_held_out]
+    rng.shuffle(asked)
+    text = " ".join(fact[0] for fact in facts)
+    if not asked:
+        return recall(rng)
+    first, *later = asked
+    messages: list[Message] = [user(f"{text}{rng.choice((' ', chr(10)))}{first[1]}")]
+    for previous, following in zip(asked, later, strict=False):
+        messages += [assistant(previous[2]), user(following[1])]
+    value = asked[-1][2]
+    return Sample("recall", f"{asked[-1][0]}{count}", messages, value, value, learn_turns=True)
+
+
 def _from_text(rng: random.Random) -> Sample:
     count = min(MAX_FACTS, 1 + int(rng.expovariate(1 / 9)))
     subjects = rng.sample(NAMES, min(count, len(NAMES)))

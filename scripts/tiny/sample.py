@@ -25,6 +25,7 @@ class Sample:
         expected: what the answer must amount to, for the checker.
         tools: tools on offer, in OpenAI's form.
         thinking: whether worked steps were asked for.
+        learn_turns: whether training also learns the earlier answers of the conversation.
     """
 
     task: str
@@ -34,6 +35,7 @@ class Sample:
     expected: str
     tools: Sequence[dict[str, Any]] = field(default_factory=tuple)
     thinking: bool = False
+    learn_turns: bool = False
 
     @property
     def is_held_out(self) -> bool:

@@ -33,11 +33,11 @@ def json_object(rng: random.Random) -> Sample:
     return Sample("json", text, [user(wording.format(t=text, k=keys))], answer, answer)
 
 
-def tool_call(rng: random.Random) -> Sample:
+def tool_call(rng: random.Random, no_tool_share: float = 0.15) -> Sample:
     """Tools are offered; call the one that fits, say that none does, or report a tool's answer."""
     tools = rng.sample(_TOOLS, rng.randrange(1, 4))
     offered = [tool[0] for tool in tools]
-    if rng.random() < 0.15:
+    if rng.random() < no_tool_share:
         return _no_tool(rng, offered)
     schema, ask = rng.choice(tools)
     name = schema["function"]["name"]

@@ -1,0 +1,94 @@
+"""Every Python, YAML and `quire` snippet of README and docs is run, and its output compared where it is given."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = sorted([ROOT / "README.md", ROOT / "scripts/tiny/README.md", *ROOT.glob("docs/*.md")])
+
+
+def blocks(page):
+    return FENCE.findall(page.read_text(encoding="utf-8"))
+
+
+def cases(language):
+    found = []
+    for page in PAGES:
+        listed = blocks(page)
+        for index, (kind, text) in enumerate(listed):
+            if kind == language:
+                after = listed[index + 1] if index + 1 < len(listed) else ("", "")
+                expected = after[1] if after[0] == "text" else None
+                found.append(pytest.param(text, expected, id=f"{page.name}-{index}"))
+    return found
+
+
+def run(*arguments, cwd):
+    answer = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    return answer.stdout
+
+
+@pytest.mark.parametrize(("text", "expected"), cases("python"))
+def test_python(text, expected, tmp_path):
+    name = re.match(r"# (\w+\.py)\n", text)
+    if name is not None:
+        pytest.skip("a file; test_written_plugin runs it")
+    assert expected is not None, "a program's output belongs below it"
+    (tmp_path / "snippet.py").write_text(text)
+    assert run("snippet.py", cwd=tmp_path) == expected
+
+
+def test_written_plugin(tmp_path):
+    files = {}
+    for language, text in blocks(ROOT / "README.md"):
+        name = re.match(r"# (\w+\.py)\n", text)
+        if language == "python" and name is not None:
+            files[name[1]] = text
+    assert set(files) == {"dense.py", "test_dense.py"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert len(files["dense.py"].splitlines()) <= 42
+    (line,) = re.findall(r"`quire (--plugin dense\.py run .*?)`", (ROOT / "README.md").read_text())
+    answer = run("-m", "quire.cli", *line.replace('"', "").split(" "), "--temperature", "0", cwd=tmp_path)
+    assert "11" in answer
+    run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "test_dense.py", cwd=tmp_path)
+
+
+def quire_lines():
+    found = []
+    for page in PAGES:
+        for language, text in blocks(page):
+            if language == "bash":
+                found += [line for line in text.splitlines() if line.startswith("quire ")]
+    return found
+
+
+@pytest.mark.parametrize("line", quire_lines())
+def test_commands(line, tmp_path):
+    assert run("-m", "quire.cli", *line.split()[1:], cwd=tmp_path)
+
+
+@pytest.mark.parametrize(("text", "expected"), cases("yaml"))
+def test_configuration_files(text, expected, tmp_path):
+    (tmp_path / "quire.yaml").write_text(text)
+    shown = run("-m", "quire.cli", "-c", "quire.yaml", "config", "show", "--json", cwd=tmp_path)
+    assert '"radix"' in shown
+    assert "quire.yaml" in shown
+
+
+def test_commands_of_the_readme_set_everything_up():
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^python3 -m venv .*$", text, re.MULTILINE)
+    assert len(commands) == 2
+    assert commands[0].endswith('quire run "What is 27+45?"')
+    assert commands[1].endswith("-m pytest")
+    assert commands[1] in (ROOT / "README.md").read_text()
+    assert all("-c constraints.txt" in command for command in commands)
