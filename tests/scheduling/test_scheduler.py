@@ -5,17 +5,28 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quire.contract.kv import KVInit
 from quire.contract.scheduling import PolicyInit
 from quire.kv.paged import PagedAllocator
-from quire.kv.radix import RadixAllocator
+from quire.kv.radix import RadixAllocator, RadixOptions
 from quire.scheduling.continuous import MAX_PREEMPTIONS, ContinuousScheduler
 from quire.scheduling.policies import FcfsPolicy, PriorityOptions, PriorityPolicy
 from quire.testing.scheduler import SchedulerConformance, make_request
 from quire.testing.scheduler_policy import SchedulerPolicyConformance, request_view
 
 
+class CopyingRadix(RadixAllocator):
+    """Shares a single token of a block, so that small blocks are copied too."""
+
+    def __init__(self, init):
+        super().__init__(KVInit(init.num_blocks, init.block_size, options=RadixOptions(min_partial_tokens=1)))
+
+
+ALLOCATORS = [PagedAllocator, CopyingRadix]
+
+
 @pytest.mark.parametrize("policy_class", [FcfsPolicy, PriorityPolicy])
-@pytest.mark.parametrize("allocator_class", [PagedAllocator, RadixAllocator])
+@pytest.mark.parametrize("allocator_class", ALLOCATORS)
 class TestContinuous(SchedulerConformance):
     @pytest.fixture
     def scheduler_class(self):
@@ -37,7 +48,7 @@ class TestPolicies(SchedulerPolicyConformance):
 @settings(max_examples=80, deadline=None)
 def test_any_traffic(seed, blocks, seqs, budget, depth):
     kit, rng = SchedulerConformance(), random.Random(seed)
-    for allocator in (PagedAllocator, RadixAllocator):
+    for allocator in ALLOCATORS:
         simulation = kit.make(
             ContinuousScheduler, allocator, FcfsPolicy, num_blocks=blocks, max_num_seqs=seqs, budget=budget, depth=depth
         )

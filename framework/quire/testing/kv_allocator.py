@@ -216,7 +216,7 @@ class KVAllocatorConformance:
     def make(self, allocator_class: type[KVAllocator], num_blocks: int = 9, block_size: int = 4) -> KVAllocator:
         return allocator_class(KVInit(num_blocks, block_size))
 
-    @pytest.mark.parametrize(("num_blocks", "block_size"), [(2, 1), (6, 2), (9, 4), (30, 3)])
+    @pytest.mark.parametrize(("num_blocks", "block_size"), [(2, 1), (6, 2), (9, 4), (30, 3), (8, 8)])
     def test_random_walk(self, allocator_class: type[KVAllocator], num_blocks: int, block_size: int) -> None:
         """Random starts, growth, forks, frees and failures in pools that are always short."""
         model = KVModel(self.make(allocator_class, num_blocks, block_size), seed=num_blocks)

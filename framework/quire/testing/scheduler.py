@@ -74,10 +74,10 @@ class FakeExecutor:
             assert new.slot not in self._rows, "a slot was given away twice"
             self._rows[new.slot] = _Row(list(new.token_ids), new.seed)
         for copy in schedule.copies:
-            for offset in range(self._size):
+            for offset in range(copy.num_tokens):
                 source = self._slots.get(copy.src * self._size + offset)
-                if source is not None:
-                    self._slots[copy.dst * self._size + offset] = source
+                assert source is not None, "a copy reads a slot that was never written"
+                self._slots[copy.dst * self._size + offset] = source
         assert len({row.slot for row in schedule.rows}) == len(schedule.rows), "a slot stands in two rows"
         return StepResult(schedule.step_id, tuple(self._row(row) for row in schedule.rows))
 
@@ -359,20 +359,24 @@ class SchedulerConformance:
         simulation = self.make(scheduler_class, allocator_class, policy_class)
         scheduler = simulation.scheduler
         for name in ("good", "bad"):
-            scheduler.add(make_request(name, [ord(name[0])] * 9, 5, simulation.clock))
-        schedule = scheduler.schedule()
-        rows = tuple(
-            RowResult(row.request_id, 1, error="broken" if row.request_id == "bad" else None) for row in schedule.rows
-        )
-        updates = {update.request.request_id: update for update in scheduler.update(schedule, StepResult(0, rows))}
+            scheduler.add(make_request(name, [ord(name[0])] * 7, 5, simulation.clock))
+        # The first step goes well and publishes blocks; the second one fails.
+        for failing in ("", "bad"):
+            schedule = scheduler.schedule()
+            rows = tuple(
+                RowResult(row.request_id, 1, error="broken" if row.request_id == failing else None)
+                for row in schedule.rows
+            )
+            result = StepResult(schedule.step_id, rows)
+            updates = {update.request.request_id: update for update in scheduler.update(schedule, result)}
         assert updates["bad"].request.finish_reason is FinishReason.ERROR
         assert (updates["bad"].error, updates["bad"].new_token_ids) == ("broken", ())
         assert updates["good"].request.finish_reason is None
         from quire.contract.kv import PrefixQuery
 
         allocator = scheduler.init.allocator
-        assert allocator.match_prefix(PrefixQuery([ord("b")] * 9)).num_tokens == 0
-        assert allocator.match_prefix(PrefixQuery([ord("g")] * 9)).num_tokens >= 8
+        assert allocator.match_prefix(PrefixQuery([ord("b")] * 7)).num_tokens == 0
+        assert allocator.match_prefix(PrefixQuery([ord("g")] * 7)).num_tokens >= 4
 
     def test_prefix_hits_are_counted_and_used(
         self,
