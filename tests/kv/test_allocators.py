@@ -76,6 +76,15 @@ def test_radix_ignores_parts_that_do_not_pay():
     assert allocator.match_prefix(PrefixQuery([*range(12), 90])).num_tokens == 8
 
 
+def test_radix_salts_do_not_pile_up():
+    allocator = radix(num_blocks=4)
+    for index in range(20):
+        KVAllocatorConformance.run(allocator, f"r{index}", list(range(9)), salt=f"tenant {index}")
+        allocator.free(f"r{index}")
+    assert len(allocator._index._roots) <= 3
+    assert allocator.match_prefix(PrefixQuery(list(range(9)), "tenant 19")).num_tokens >= 8
+
+
 def test_paged_shares_full_blocks_only():
     allocator = PagedAllocator(KVInit(9, 8))
     KVAllocatorConformance.run(allocator, "a", list(range(16)))

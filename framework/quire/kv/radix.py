@@ -41,10 +41,12 @@ class _Node:
     tokens: tuple[int, ...]
     parent: _Node | None
     children: dict[tuple[int, ...], _Node] = field(default_factory=dict)
+    salt: str = ""
+    """Of a root: the salt of its tree."""
 
 
 class RadixIndex(PrefixIndex):
-    """One tree per salt."""
+    """One tree per salt. A tree goes when its last block does: callers choose salts, and they must not pile up."""
 
     def __init__(self, block_size: int, options: RadixOptions) -> None:
         self._block_size = block_size
@@ -90,6 +92,8 @@ class RadixIndex(PrefixIndex):
             return []
         if node.parent is not None:
             node.parent.children.pop(node.tokens, None)
+            if node.parent.block == -1 and not node.parent.children:
+                del self._roots[node.parent.salt]
         return self._cut(node)
 
     def is_published(self, block: int) -> bool:
@@ -120,6 +124,7 @@ class RadixIndex(PrefixIndex):
         self._parked.clear()
 
     def check(self) -> None:
+        assert all(root.children for root in self._roots.values()), "the root of an empty tree is kept"
         seen: dict[int, _Node] = {}
         stack = [child for root in self._roots.values() for child in root.children.values()]
         while stack:
@@ -134,16 +139,21 @@ class RadixIndex(PrefixIndex):
         assert self._parked.keys() <= self._node_of.keys(), "a parked block is not published"
 
     def _root(self, salt: str) -> _Node:
-        return self._roots.setdefault(salt, _Node(-1, (), None))
+        """The root of the salt's tree; a new one enters `_roots` with its first block."""
+        return self._roots.get(salt) or _Node(-1, (), None, salt=salt)
 
     def _insert(self, parent: _Node | None, tokens: tuple[int, ...], block: int) -> _Node | None:
         """The node of these tokens below `parent`; None if the way to it was evicted meanwhile."""
         if parent is None or self._is_gone(parent):
             return None
+        if parent.block == -1:
+            parent = self._roots.get(parent.salt, parent)
         child = parent.children.get(tokens)
         if child is None:
             if block in self._node_of:
                 return None
+            if parent.block == -1:
+                self._roots[parent.salt] = parent
             child = parent.children[tokens] = self._node_of[block] = _Node(block, tokens, parent)
         return child
 
