@@ -135,6 +135,6 @@ def test_stale_nan_cannot_leak():
 def test_tiles_follow_absolute_positions():
     from quire.testing.batches import make_batch
 
-    plan = tiles.plan_tiles(make_batch([20, 1], [10, 31]).batch)
+    plan = tiles.plan_tiles(make_batch([20, 1], [10, 31]).batch, frozenset({None}))
     assert [(tile.start, tile.rows) for tile in plan.tiles] == [(0, (10, 16)), (16, (0, 14)), (16, (15, 16))]
     assert {tile.slots.numel() for tile in plan.tiles} == {64}

@@ -50,6 +50,7 @@ class CpuRefAttention(AttentionBackend):
 
     def __init__(self, init: AttentionInit) -> None:
         super().__init__(init)
+        self._windows = frozenset(layer.sliding_window for layer in init.layers)
         self._shapes = tuple({layer_shape(layer) for layer in init.layers})
 
     def prepare_qkv(self, step: QKVStep) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +69,7 @@ class CpuRefAttention(AttentionBackend):
         return StepPlan(groups, int(batch.query_start_loc_host[-1]))
 
     def _plan_tiles(self, batch: AttentionBatch) -> TilePlan:
-        return plan_tiles(batch)
+        return plan_tiles(batch, self._windows)
 
     def forward(
         self,

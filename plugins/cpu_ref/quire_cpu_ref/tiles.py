@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from quire.plugin import AttentionBatch, AttentionLayer, KVCaches
 from torch import Tensor
+from torch.nn import functional
 
 TILE = 16
 KV_PADDING = 64
@@ -27,12 +28,14 @@ class Tile:
         rows: which of the 16 are computed in this step, first and last + 1.
         tokens: the place of the first of them among the step's tokens.
         slots: int64 [N]; KV slots of positions 0 to N - 1, the null block's where there is none.
+        seen: by window, bool [16, N]; whether a query sees a position.
     """
 
     start: int
     rows: tuple[int, int]
     tokens: int
     slots: Tensor
+    seen: dict[int | None, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +46,12 @@ class TilePlan:
     num_tokens: int
 
 
-def plan_tiles(batch: AttentionBatch) -> TilePlan:
-    """Cut the step's rows into tiles."""
-    return TilePlan(tuple(_tiles(batch)), int(batch.query_start_loc_host[-1]))
+def plan_tiles(batch: AttentionBatch, windows: frozenset[int | None]) -> TilePlan:
+    """Cut the step's rows into tiles, for layers of these windows."""
+    return TilePlan(tuple(_tiles(batch, windows)), int(batch.query_start_loc_host[-1]))
 
 
-def _tiles(batch: AttentionBatch) -> Iterator[Tile]:
+def _tiles(batch: AttentionBatch, windows: frozenset[int | None]) -> Iterator[Tile]:
     starts, lengths = batch.query_start_loc_host.tolist(), batch.seq_lens_host.tolist()
     for row in range(batch.num_reqs):
         query_len = starts[row + 1] - starts[row]
@@ -56,7 +59,16 @@ def _tiles(batch: AttentionBatch) -> Iterator[Tile]:
         for start in range(first // TILE * TILE, lengths[row], TILE):
             low, high = max(start, first), min(start + TILE, lengths[row])
             if low < high:
-                yield Tile(start, (low - start, high - start), starts[row] + low - first, _slots(batch, row, start))
+                slots = _slots(batch, row, start)
+                seen = {window: _seen(start, slots.numel(), window) for window in windows}
+                yield Tile(start, (low - start, high - start), starts[row] + low - first, slots, seen)
+
+
+def _seen(start: int, width: int, window: int | None) -> Tensor:
+    position = torch.arange(start, start + TILE)[:, None]
+    key = torch.arange(width)
+    seen = key <= position
+    return seen if window is None else seen & (key > position - window)
 
 
 def _slots(batch: AttentionBatch, row: int, start: int) -> Tensor:
@@ -78,33 +90,43 @@ def run_tiles(layer: AttentionLayer, q: Tensor, kv: KVCaches, plan: TilePlan, ou
         queries[low:high] = q[tile.tokens : tile.tokens + high - low]
         result = _attend_tile(layer, queries, kv, tile)
         out[tile.tokens : tile.tokens + high - low] = result[low:high]
-    out[plan.num_tokens :].zero_()
 
 
 def _attend_tile(layer: AttentionLayer, queries: Tensor, kv: KVCaches, tile: Tile) -> Tensor:
     """[16, Hq, Dv] of queries [16, Hq, D]."""
-    keys, values = (cache.view(-1, *cache.shape[2:])[tile.slots].float().transpose(0, 1) for cache in kv)
-    width, heads = tile.slots.numel(), layer.num_heads
-    group = heads // layer.num_kv_heads
-    position = torch.arange(tile.start, tile.start + TILE)[:, None]
-    key = torch.arange(width)
-    seen = key <= position
-    if layer.sliding_window is not None:
-        seen = seen & (key > position - layer.sliding_window)
-    # Behind the last computed position stands what other requests left there, NaN perhaps. Zeros in its
-    # place change no bit of a real row, whose weights there are exactly zero.
-    hidden = key >= tile.start + tile.rows[1]
-    keys, values = keys.masked_fill(hidden[:, None], 0.0), values.masked_fill(hidden[:, None], 0.0)
-    folded = queries.float().transpose(0, 1).reshape(layer.num_kv_heads, group * TILE, -1)
-    scores = torch.bmm(folded, keys.transpose(1, 2)).view(heads, TILE, width) * layer.scale
+    keys, values = (_gather(cache, tile) for cache in kv)
+    group = layer.num_heads // layer.num_kv_heads
+    folded = queries.transpose(0, 1).reshape(layer.num_kv_heads, group * TILE, layer.head_dim)
+    seen = tile.seen[layer.sliding_window].repeat(group, 1)
+    if layer.logit_softcap is None and layer.sinks is None:
+        found = functional.scaled_dot_product_attention(
+            folded[None], keys[None], values[None], attn_mask=seen[None, None], scale=layer.scale
+        )
+    else:
+        found = _spelt_out(layer, folded, keys, values, seen)
+    return found.reshape(layer.num_heads, TILE, layer.v_head_dim).transpose(0, 1)
+
+
+def _gather(cache: Tensor, tile: Tile) -> Tensor:
+    """[Hkv, N, D]. Behind the last computed position stands what other requests left there, NaN perhaps.
+
+    Zeros in its place change no bit of a real row, whose weights there are exactly zero.
+    """
+    found = cache.view(-1, *cache.shape[2:]).index_select(0, tile.slots)
+    found[tile.start + tile.rows[1] :] = 0.0
+    return found.transpose(0, 1)
+
+
+def _spelt_out(layer: AttentionLayer, queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """[Hkv, G·16, Dv] with softcap and sinks: queries [Hkv, G·16, D], keys [Hkv, N, D], seen [G·16, N]."""
+    width = keys.shape[1]
+    scores = torch.bmm(queries.float(), keys.float().transpose(1, 2)) * layer.scale
     if layer.logit_softcap is not None:
         scores = layer.logit_softcap * torch.tanh(scores / layer.logit_softcap)
     scores = scores.masked_fill(~seen, float("-inf"))
     if layer.sinks is not None:
         # 64 columns, so that the softmax's length stays a multiple of its vector width.
-        sinks = scores.new_full((heads, TILE, KV_PADDING), float("-inf"))
-        sinks[..., 0] = layer.sinks.float()[:, None]
+        sinks = scores.new_full((*scores.shape[:2], KV_PADDING), float("-inf"))
+        sinks[..., 0] = layer.sinks.float().view(layer.num_kv_heads, -1).repeat_interleave(TILE, 1)
         scores = torch.cat((scores, sinks), -1)
-    weights = scores.softmax(-1)[..., :width]
-    result = torch.bmm(weights.reshape(layer.num_kv_heads, group * TILE, width), values)
-    return result.view(heads, TILE, -1).transpose(0, 1).to(queries.dtype)
+    return torch.bmm(scores.softmax(-1)[..., :width], values.float()).to(queries.dtype)
