@@ -1,0 +1,54 @@
+"""Conformance of metrics sinks: they take every plausible figure, quickly and without raising."""
+
+from __future__ import annotations
+
+import pytest
+
+from quire.contract.metrics import MetricsInit, MetricsSink, RequestStats, StepStats
+
+
+def step_stats(step_id: int, **changes: float) -> StepStats:
+    """Figures of one plausible step."""
+    fields = {
+        "time": 1.7e9 + step_id,
+        "num_waiting": 1,
+        "num_running": 3,
+        "num_rows": 3,
+        "num_tokens": 12,
+        "num_sampled": 2,
+        "kv_used_blocks": 5,
+        "kv_total_blocks": 64,
+        "prefix_query_tokens": 100,
+        "prefix_hit_tokens": 40,
+        "num_preemptions": 0,
+        "num_finished": 1,
+        "schedule_s": 1e-4,
+        "build_s": 1e-4,
+        "forward_s": 1e-2,
+        "sample_s": 1e-3,
+        "update_s": 1e-4,
+    }
+    return StepStats(step_id=step_id, **(fields | changes))  # type: ignore[arg-type]
+
+
+class MetricsSinkConformance:
+    """What every sink must hold. Subclass, and give the fixture `sink_class`."""
+
+    @pytest.fixture
+    def sink_class(self) -> type[MetricsSink]:
+        """The class under test."""
+        raise pytest.UsageError("define the fixture `sink_class`")
+
+    def test_takes_any_figures(self, sink_class: type[MetricsSink]) -> None:
+        """Empty pools, empty caches, requests that never ran: no division by zero, no assumption of order."""
+        sink = sink_class(MetricsInit("model"))
+        sink.record_step(step_stats(0, kv_total_blocks=0, kv_used_blocks=0, prefix_query_tokens=0, prefix_hit_tokens=0))
+        for step_id in range(1, 50):
+            sink.record_step(step_stats(step_id))
+        sink.record_request(RequestStats("a", "abort", 5, 0, 0, 0, None, None, 0.1))
+        sink.record_request(RequestStats("b", "stop", 5, 4, 7, 2, 0.01, 0.02, 0.5))
+        sink.close()
+
+    def test_close_alone_is_fine(self, sink_class: type[MetricsSink]) -> None:
+        """An engine may end before its first step."""
+        sink_class(MetricsInit("model")).close()
