@@ -133,9 +133,14 @@ class SharesAScale(PackedLinear):
         (lambda kit, ops: kit.test_gated_act(ops, 130, "gelu", torch.float32), "gated_act", takes_other_gelu),
         (lambda kit, ops: kit.test_linear(ops, 7, False, True, torch.float32), "linear", lambda _, s: ForgetsBias(s)),
         (lambda kit, ops: kit.test_linear(ops, 7, False, False, torch.float32), "linear", lambda _, s: SharesAScale(s)),
+        (
+            lambda kit, ops: kit.test_values_of_neighbours_do_not_matter(ops, "linear", torch.float32),
+            "linear",
+            lambda _, s: SharesAScale(s),
+        ),
         (lambda kit, ops: kit.test_moe(ops, 7, False, True), "moe", forgets_renormalization),
         (
-            lambda kit, ops: kit.test_deterministic_forms_do_not_see_their_neighbours(ops, torch.float32),
+            lambda kit, ops: kit.test_deterministic_forms_do_not_see_their_neighbours(ops, "linear", torch.float32),
             "linear",
             is_never_deterministic,
         ),

@@ -205,6 +205,13 @@ class AttentionConformance:
             for ours, exact in zip(backend.prepare_qkv(part), expected, strict=True):
                 assert torch.equal(ours, exact[rows]), f"tokens {first} to {last - 1} differ when they stand alone"
 
+    def test_values_of_neighbours_do_not_matter(self, backend_class: type[AttentionBackend]) -> None:
+        """A row's bits do not change with what another request of the batch holds."""
+        first = Problem.make(make_layer("gqa"), CASES["decode"], torch.float32)
+        keys = [row if index == 2 else torch.full_like(row, 1e3) for index, row in enumerate(first.keys)]
+        second = dataclasses.replace(first, keys=keys)
+        assert torch.equal(self.run(backend_class, first)[2], self.run(backend_class, second)[2])
+
     def test_plan_is_graph_safe(self, backend_class: type[AttentionBackend]) -> None:
         """For one graph key, plan returns the same addresses, shapes and Python scalars every time."""
         if backend_class.caps.graph is GraphSupport.NEVER:
