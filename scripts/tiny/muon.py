@@ -45,4 +45,5 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if transposed else x
+    result: Tensor = x.T if transposed else x
+    return result

@@ -200,7 +200,7 @@ class Trainer:
         self.model.train()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = loss_of(self.model, batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
