@@ -29,7 +29,6 @@ RADIX = "framework/quire/kv/radix.py"
 CONTINUOUS = "framework/quire/scheduling/continuous.py"
 SAMPLER = "framework/quire/sampling/sampler.py"
 PROCESSORS = "framework/quire/sampling/processors.py"
-PIPELINE = "framework/quire/sampling/pipeline.py"
 BUILDER = "framework/quire/engine/batch.py"
 DETOKENIZER = "framework/quire/tokenizer/detokenizer.py"
 
@@ -94,10 +93,10 @@ MUTANTS = (
         SCHEDULING,
     ),
     Mutant(
-        "scheduler: preempted request keeps its progress",
+        "scheduler: preempted request forgotten",
         CONTINUOUS,
-        "        request.num_computed_tokens = 0\n",
-        "",
+        "        self._num_preemptions += 1\n        self._waiting.push(request)\n",
+        "        self._num_preemptions += 1\n",
         SCHEDULING,
     ),
     Mutant(
@@ -186,10 +185,10 @@ MUTANTS = (
         SAMPLING,
     ),
     Mutant(
-        "pipeline: log probabilities after the processors",
-        PIPELINE,
-        "raw = logits[wanted].clone()",
-        "raw = logits[wanted] + 0 * self._process(logits, slots, num_tokens, token_ids)",
+        "log probabilities: rank off by one",
+        "framework/quire/sampling/logprobs.py",
+        "rank = int((logprobs > chosen).sum()) + 1",
+        "rank = int((logprobs > chosen).sum())",
         SAMPLING,
     ),
     Mutant(

@@ -19,6 +19,8 @@ from mutant_table import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("framework", "plugins", "tests", "scripts", "pyproject.toml")
+LIMIT_S = 150
+"""A fault that makes the tests hang for so long has been noticed."""
 PACKAGES = ("framework", "plugins/cpu_ref", "plugins/quant")
 
 
@@ -35,7 +37,12 @@ def is_killed(mutant: Mutant, tree: Path) -> bool:
         paths = os.pathsep.join(str(tree / package) for package in PACKAGES)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", mutant.tests]
         answer = subprocess.run(
-            command, cwd=tree, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, timeout=600, check=False
+            command,
+            cwd=tree,
+            env={**os.environ, "PYTHONPATH": paths},
+            capture_output=True,
+            timeout=LIMIT_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return True  # a fault that hangs is noticed

@@ -105,3 +105,38 @@ def test_a_fork_shares_the_prompt():
     simulation.drain()
     simulation.check_outputs()
     assert computed < 3 * 4, "each sequence has a prompt of its own"
+
+
+class Stingy(PagedAllocator):
+    """Refuses one allocation of a named request, when told to."""
+
+    refused = None
+
+    def allocate(self, request_id, num_tokens, hit=None):
+        if request_id == self.refused:
+            self.refused = None
+            return None
+        return super().allocate(request_id, num_tokens, hit)
+
+
+def test_a_request_is_pinned_after_so_many_preemptions():
+    simulation = SchedulerConformance().make(ContinuousScheduler, Stingy, FcfsPolicy)
+    requests = []
+    for name in ("old", "new"):
+        requests.append(make_request(name, [3, 4], 40, simulation.clock, seed=5))
+        requests[-1].stop_token_ids = frozenset()
+        simulation.add(requests[-1])
+        simulation.step()
+    old, new = requests
+    # In a step the running requests are asked in turn; that of "old" is refused once, so another must go.
+    for _ in range(MAX_PREEMPTIONS):
+        simulation.scheduler.init.allocator.refused = "old"
+        simulation.step()
+        assert new.slot == -1
+        simulation.step()
+    assert (old.num_preemptions, new.num_preemptions) == (0, MAX_PREEMPTIONS)
+    simulation.scheduler.init.allocator.refused = "old"
+    simulation.step()
+    assert (old.num_preemptions, new.num_preemptions) == (1, MAX_PREEMPTIONS)
+    simulation.drain()
+    simulation.check_outputs()

@@ -60,7 +60,11 @@ class PrefixHit:
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """Copy the first `num_tokens` slots of block `src` to block `dst`, before the step that follows."""
+    """Copy the first `num_tokens` slots of block `src` to block `dst`.
+
+    Copies of one schedule run in the order in which they were granted, and before anything that the
+    step writes: a source may be granted to another request, or be the destination of a later copy.
+    """
 
     src: int
     dst: int

@@ -101,7 +101,7 @@ class SamplingPipeline:
         """
         finite = torch.isfinite(logits).all(-1)
         wanted = [row for row, slot in enumerate(slots) if slot in self._num_logprobs]
-        raw = logits[wanted].clone() if wanted else None
+        raw = logits[wanted] if wanted else None  # a copy: the processors come next
         if self._process(logits, slots, num_tokens, token_ids):
             self._fail_empty(logits, finite, slots)
         tokens = self._sampler.sample(logits, self._batch(slots, num_tokens))

@@ -3,7 +3,8 @@
 A step lets each request's computed tokens catch up with its tokens, within the token budget:
 running requests first, in the order they were admitted, then waiting ones in the policy's order.
 When a running request needs a block and none is free, the policy picks a victim, which gives up
-its blocks and is recomputed later. A request preempted MAX_PREEMPTIONS times is not picked again.
+its blocks and is recomputed later. A request preempted MAX_PREEMPTIONS times is not picked again as
+long as there is another; the one that was admitted first is picked last, so somebody always gets ahead.
 
 What one schedule does is final only when its step has been updated; a second schedule may be made
 before that. Until then a request that ended keeps its blocks and its slot.
@@ -12,12 +13,10 @@ before that. Until then a request that ended keeps its blocks and its slot.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 
-from quire.contract.kv import Allocation, BlockCopy, PrefixHit, PrefixQuery
+from quire.contract.kv import Allocation, PrefixHit, PrefixQuery
 from quire.contract.request import (
     FinishReason,
-    NewRow,
     Request,
     RequestStatus,
     RowResult,
@@ -29,6 +28,7 @@ from quire.contract.request import (
 from quire.contract.scheduling import RequestUpdate, Scheduler, SchedulerInit, SchedulerStats, SchedulerView
 from quire.errors import RequestError
 from quire.scheduling.queue import WaitingQueue, view_of
+from quire.scheduling.round import Round
 
 MAX_PREEMPTIONS = 3
 
@@ -78,7 +78,7 @@ class ContinuousScheduler(Scheduler):
         return SchedulerStats(len(self._waiting), len(self._running), self._num_preemptions, self._num_finished)
 
     def schedule(self) -> Schedule:
-        round_ = _Round(self._step_id, tuple(self._released))
+        round_ = Round(self._step_id, tuple(self._released))
         self._step_id += 1
         self._released.clear()
         round_.budget = max(1, min(self._policy.token_budget(self._view()), self.init.max_num_batched_tokens))
@@ -102,7 +102,7 @@ class ContinuousScheduler(Scheduler):
 
     # Scheduling -------------------------------------------------------------------------------
 
-    def _schedule_running(self, round_: _Round) -> None:
+    def _schedule_running(self, round_: Round) -> None:
         # Decodes first: a long prompt must not hold up everybody's next token.
         for request in sorted(self._running.values(), key=_is_prefill):
             if round_.budget == 0:
@@ -119,7 +119,7 @@ class ContinuousScheduler(Scheduler):
         is_complete = request.num_pending_tokens > 0 and expected >= request.max_tokens
         return request.num_computed_tokens < request.num_tokens and not is_complete
 
-    def _make_room(self, request: Request, count: int, round_: _Round) -> bool:
+    def _make_room(self, request: Request, count: int, round_: Round) -> bool:
         """Grant the request's blocks, preempting others if need be; False if it was preempted itself."""
         while True:
             allocation = self._allocator.allocate(request.request_id, request.num_computed_tokens + count)
@@ -133,7 +133,7 @@ class ContinuousScheduler(Scheduler):
             if victim is request:
                 return False
 
-    def _victim(self, round_: _Round) -> Request | None:
+    def _victim(self, round_: Round) -> Request | None:
         """Whom to preempt: never a request that a step in flight still names, for its blocks are in use."""
         candidates = [
             request
@@ -148,7 +148,7 @@ class ContinuousScheduler(Scheduler):
         choice = self._policy.pick_victim([view_of(request) for request in eligible], self._view())
         return self._running[choice]
 
-    def _preempt(self, request: Request, round_: _Round) -> None:
+    def _preempt(self, request: Request, round_: Round) -> None:
         self._allocator.free(request.request_id)
         self._forkable.discard(request.request_id)
         del self._running[request.request_id]
@@ -160,7 +160,7 @@ class ContinuousScheduler(Scheduler):
         self._waiting.push(request)
         round_.preempted.append(request.request_id)
 
-    def _schedule_waiting(self, round_: _Round) -> None:
+    def _schedule_waiting(self, round_: Round) -> None:
         for request in self._waiting.ordered():
             if round_.budget == 0 or not self._free_slots:
                 return
@@ -180,7 +180,7 @@ class ContinuousScheduler(Scheduler):
         """Whether the parent's prompt is in the cache, computed by a step that has ended."""
         return parent.request_id in self._forkable
 
-    def _admit(self, request: Request, round_: _Round) -> bool:
+    def _admit(self, request: Request, round_: Round) -> bool:
         """Give the request blocks and a slot; False if the pool is short."""
         started = self._fork(request) or self._match(request, round_.budget)
         if started is None:
@@ -218,6 +218,8 @@ class ContinuousScheduler(Scheduler):
         # need every position's hidden state, so such a request takes nothing from the cache.
         wants_all = request.params.prompt_logprobs is not None
         length = 0 if wants_all else request.num_tokens - 1
+        if self._running and self._allocator.stats().free <= len(self._running):
+            return None  # no room whatever is cached; spares hashing the prompt again in every step
         hit = self._allocator.match_prefix(PrefixQuery(request.token_ids[:length], request.cache_salt))
         if not self._leaves_reserve(min(request.num_tokens, hit.num_tokens + budget), hit):
             return None
@@ -236,7 +238,7 @@ class ContinuousScheduler(Scheduler):
         needed = -(-num_tokens // self._allocator.init.block_size) - len(hit.block_ids)
         return not self._running or self._allocator.stats().free - needed >= len(self._running)
 
-    def _take_row(self, round_: _Round, request: Request, count: int) -> None:
+    def _take_row(self, round_: Round, request: Request, count: int) -> None:
         first = request.num_computed_tokens
         samples = first + count == request.num_tokens
         round_.add_row(request, first, count, samples)
@@ -334,60 +336,5 @@ class ContinuousScheduler(Scheduler):
         )
 
 
-class _Round:
-    """One schedule in the making."""
-
-    def __init__(self, step_id: int, released: tuple[int, ...]) -> None:
-        self.budget = 0
-        self.rows: dict[str, ScheduledRow] = {}
-        self.preempted: list[str] = []
-        self._step_id = step_id
-        self._released = list(released)
-        self._new_rows: list[NewRow] = []
-        self._copies: list[BlockCopy] = []
-        self._granted: dict[str, tuple[int, ...]] = {}
-
-    def enter(self, request: Request) -> None:
-        """The request takes its slot."""
-        self._new_rows.append(
-            NewRow(
-                slot=request.slot,
-                request_id=request.request_id,
-                token_ids=request.token_ids[:],
-                num_prompt_tokens=request.num_prompt_tokens,
-                params=request.params,
-                seed=request.seed,
-                stop_token_ids=request.stop_token_ids,
-            )
-        )
-
-    def grant(self, request: Request, allocation: Allocation) -> None:
-        """Blocks that the executor must learn of with the request's row."""
-        self._granted[request.request_id] = allocation.block_ids
-        self._copies.extend(allocation.copies)
-
-    def add_row(self, request: Request, first: int, count: int, samples: bool) -> None:
-        """The request computes `count` tokens from position `first`."""
-        self.budget -= count
-        blocks = self._granted.get(request.request_id, ())
-        self.rows[request.request_id] = ScheduledRow(request.slot, request.request_id, first, count, blocks, samples)
-
-    def finish(self) -> Schedule:
-        rows = _decodes_first(self.rows.values())
-        return Schedule(
-            step_id=self._step_id,
-            released=tuple(self._released),
-            new_rows=tuple(self._new_rows),
-            rows=rows,
-            copies=tuple(self._copies),
-            num_tokens=sum(row.num_new_tokens for row in rows),
-            preempted=tuple(self.preempted),
-        )
-
-
 def _is_prefill(request: Request) -> bool:
     return request.num_tokens - request.num_computed_tokens > 1
-
-
-def _decodes_first(rows: Iterable[ScheduledRow]) -> tuple[ScheduledRow, ...]:
-    return tuple(sorted(rows, key=lambda row: row.num_new_tokens > 1))
