@@ -224,6 +224,8 @@ def part(name: str, folder: Path) -> dict[str, Any]:
     result[f"prefill {PREFILL}"] = median(side.prefill)
     result["peak MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if isinstance(side, QuireSide):
+        engine = side.llm.engine
+        result["pool MB"] = engine.parts.num_kv_blocks * engine.parts.executor.kv_budget().bytes_per_block / 2**20
         result["not matmul"] = 1 - side.matmul_share()
     return result
 
@@ -277,7 +279,11 @@ def report(results: dict[str, dict[str, Any]]) -> None:
     for key in (*(f"decode {batch}" for batch in BATCHES), f"prefill {PREFILL}", "mixed"):
         if key in ours:
             print(f"{key:14} {ours[key]:9.1f} {theirs[key]:13.1f} {ours[key] / theirs[key]:6.2f}")
+    rest = ours["peak MB"] - ours["pool MB"] - results["machine"]["weights MB"]
     print(f"peak memory: quire {ours['peak MB']:.0f} MB, transformers {theirs['peak MB']:.0f} MB")
+    print(
+        f"quire beyond weights ({results['machine']['weights MB']:.0f} MB) and KV pool ({ours['pool MB']:.0f} MB): {rest:.0f} MB"
+    )
     print(f"share of a decode step that is not matrix multiplication: {100 * ours['not matmul']:.1f} %")
     for batch, value in results.get("deterministic", {}).items():
         print(f"deterministic {batch}: {value:.1f} tokens/s, {value / ours[batch]:.2f} of the default")
