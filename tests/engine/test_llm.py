@@ -235,3 +235,13 @@ def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(checkpoint, monk
     assert output.outputs[0].finish_reason == "error"
     assert "ZeroDivisionError" in output.outputs[0].error
     assert generate(llm, "x")[0].outputs[0].finish_reason == "length"
+
+
+def test_every_dtype_runs_and_agrees_with_float32(checkpoint, llm):
+    prompt = list(range(20, 50))
+    (exact,) = generate(llm, [prompt], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
+    for dtype, tolerance in (("float16", 0.05), ("bfloat16", 0.4)):
+        other = LLM(checkpoint("llama"), dtype=dtype, num_kv_blocks=50)
+        (close,) = generate(other, [prompt], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
+        for token, ours, theirs in zip(prompt[1:], close.prompt_logprobs[1:], exact.prompt_logprobs[1:], strict=True):
+            assert ours[token].logprob == pytest.approx(theirs[token].logprob, abs=tolerance)

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from quire.contract.kv import KVInit, PrefixHit, PrefixQuery
 from quire.kv.paged import PagedAllocator
 from quire.kv.radix import RadixAllocator, RadixOptions
@@ -110,3 +111,57 @@ def test_two_requests_that_compute_the_same_at_once_publish_it_once():
 def test_pools_that_cannot_work_are_refused(blocks, size):
     with pytest.raises(ValueError, match="pool"):
         PagedAllocator(KVInit(blocks, size))
+
+
+class AllocatorMachine(RuleBasedStateMachine):
+    """Hypothesis chooses the operations, and shrinks a history that breaks an invariant."""
+
+    allocator_class = PagedAllocator
+    seeds = st.integers(0, 2**32)
+
+    @initialize(blocks=st.integers(2, 12), size=st.integers(1, 5))
+    def begin(self, blocks, size):
+        self.model = KVModel(self.allocator_class(KVInit(blocks, size)), seed=0)
+
+    def act(self, seed, name):
+        self.model.rng.seed(seed)
+        getattr(self.model, name)()
+
+    @rule(seed=seeds)
+    def start(self, seed):
+        self.act(seed, "start")
+
+    @rule(seed=seeds)
+    def grow(self, seed):
+        self.act(seed, "grow")
+
+    @rule(seed=seeds)
+    def fork(self, seed):
+        self.act(seed, "fork")
+
+    @rule(seed=seeds)
+    def free(self, seed):
+        self.act(seed, "free")
+
+    @rule(seed=seeds)
+    def discard(self, seed):
+        self.act(seed, "discard")
+
+    @invariant()
+    def holds(self):
+        if hasattr(self, "model"):
+            self.model.check()
+
+    def teardown(self):
+        if hasattr(self, "model"):
+            self.model.drain()
+
+
+class RadixMachine(AllocatorMachine):
+    allocator_class = RadixAllocator
+
+
+TestPagedMachine = AllocatorMachine.TestCase
+TestRadixMachine = RadixMachine.TestCase
+for machine in (TestPagedMachine, TestRadixMachine):
+    machine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

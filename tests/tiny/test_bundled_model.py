@@ -1,8 +1,7 @@
 """The bundled model through the engine: a broken engine or checkpoint does not answer like this."""
 
-from tiny.data import evaluation_set, is_right
-
 from quire import LLM, SamplingParams
+from tiny.data import evaluation_set, is_right
 
 ASKED = 12
 """Held-out problems per task; scripts/tiny/evaluate.py asks more."""
