@@ -282,7 +282,7 @@ def report(results: dict[str, dict[str, Any]]) -> None:
     rest = ours["peak MB"] - ours["pool MB"] - results["machine"]["weights MB"]
     print(f"peak memory: quire {ours['peak MB']:.0f} MB, transformers {theirs['peak MB']:.0f} MB")
     print(
-        f"quire beyond weights ({results['machine']['weights MB']:.0f} MB) and KV pool ({ours['pool MB']:.0f} MB): {rest:.0f} MB"
+        f"quire: weights {results['machine']['weights MB']:.0f} MB, KV pool {ours['pool MB']:.0f} MB, rest {rest:.0f} MB"
     )
     print(f"share of a decode step that is not matrix multiplication: {100 * ours['not matmul']:.1f} %")
     for batch, value in results.get("deterministic", {}).items():
