@@ -54,6 +54,7 @@ def make_checkpoint(folder: Path, layers: int) -> None:
     with torch.device("meta"):
         model = Qwen3ForCausalLM(config).to(torch.bfloat16)
     model = model.to_empty(device="cpu")
+    model.tie_weights()
     for name, parameter in model.named_parameters():
         parameter.data.normal_(0, 0.02) if parameter.ndim == 2 else parameter.data.fill_(1.0)
         assert name

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quire import ConfigError, ModelNotFound, QuireError, UnsupportedModel
 from quire.loader import checkpoint as checkpoint_module
+from quire.loader import files
 from quire.loader.checkpoint import read_checkpoint, resolve_checkpoint
 from quire.loader.files import INDEX, SINGLE, read_header, read_tensors
 from safetensors.torch import load_file, save_file
@@ -47,6 +48,16 @@ def test_shards(folder):
     shard(folder, {"a": "one.safetensors", "b": "two.safetensors"})
     checkpoint = read_checkpoint("x", folder)
     assert {name: tensor.tolist() for name, tensor in read_tensors(checkpoint.tensors)} == {"a": [0, 0], "b": [1, 1, 1]}
+
+
+def test_files_are_mapped_in_portions(folder, monkeypatch):
+    monkeypatch.setattr(files, "MAPPED_BYTES", 20)
+    opened = []
+    real = files.safe_open
+    monkeypatch.setattr(files, "safe_open", lambda *a, **k: opened.append(a) or real(*a, **k))
+    checkpoint = read_checkpoint("x", folder)
+    assert [name for name, _ in read_tensors(checkpoint.tensors)] == ["a", "b"]
+    assert len(opened) == 2
 
 
 @pytest.mark.parametrize(

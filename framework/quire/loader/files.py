@@ -21,6 +21,7 @@ from quire.errors import ConfigError, UnsupportedModel
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MAPPED_BYTES = 256 * 1024 * 1024
 MAX_HEADER = 100 * 1024 * 1024
 PICKLE_MAGIC = (b"\x80", b"PK\x03\x04")
 """First bytes of a pickle, and of the zip archive that torch.save writes."""
@@ -116,17 +117,36 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_tensors(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor in turn, file by file, as a view of the mapped file that is valid until the next."""
-    by_file: dict[Path, list[str]] = {}
-    for name, tensor in tensors.items():
-        by_file.setdefault(tensor.path, []).append(name)
-    for path, names in by_file.items():
+    """Each tensor in turn, file by file, as a view of the mapped file that is valid until the next.
+
+    A file is mapped anew every MAPPED_BYTES, because the pages of a mapping count as the process's
+    memory until it is closed: without that, loading would peak at twice the checkpoint.
+    """
+    for path, names in _portions(tensors):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in names:
                     yield name, file.get_tensor(name)
         except SafetensorError as error:
             raise ConfigError(f"{path} is damaged: {error}", remedy="fetch it again") from error
+
+
+def _portions(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[Path, list[str]]]:
+    """Names of one file, as many as make up MAPPED_BYTES, in the order of `tensors`."""
+    by_file: dict[Path, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_file.setdefault(tensor.path, []).append(name)
+    for path, names in by_file.items():
+        portion: list[str] = []
+        size = 0
+        for name in names:
+            portion.append(name)
+            size += tensors[name].num_bytes
+            if size >= MAPPED_BYTES:
+                yield path, portion
+                portion, size = [], 0
+        if portion:
+            yield path, portion
 
 
 def _looks_like_header(start: bytes, path: Path) -> bool:
