@@ -282,9 +282,8 @@ def report(results: dict[str, dict[str, Any]]) -> None:
             print(f"{key:14} {ours[key]:9.1f} {theirs[key]:13.1f} {ours[key] / theirs[key]:6.2f}")
     rest = ours["peak MB"] - ours["pool MB"] - results["machine"]["weights MB"]
     print(f"peak memory: quire {ours['peak MB']:.0f} MB, transformers {theirs['peak MB']:.0f} MB")
-    print(
-        f"quire: weights {results['machine']['weights MB']:.0f} MB, KV pool {ours['pool MB']:.0f} MB, rest {rest:.0f} MB"
-    )
+    weights = results["machine"]["weights MB"]
+    print(f"quire: weights {weights:.0f} MB, KV pool {ours['pool MB']:.0f} MB, the rest {rest:.0f} MB")
     print(f"share of a decode step that is not matrix multiplication: {100 * ours['not matmul']:.1f} %")
     for batch, value in results.get("deterministic", {}).items():
         print(f"deterministic {batch}: {value:.1f} tokens/s, {value / ours[batch]:.2f} of the default")
