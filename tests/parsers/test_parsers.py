@@ -21,6 +21,9 @@ class TestQwen(OutputParserConformance):
         "<tool_call>never closed",
         "<think>never closed",
         '<tool_call>{"arguments": {}}</tool_call>',
+        '<tool_call>{"name": "x", "arguments": {"a": NaN}}</tool_call>',
+        '<tool_call>{"name": "x", "arguments": {"a": "\\ud83d\\ude00", "b": "\\n"}}</tool_call>',
+        '<tool_call>{"name": "x", "arguments": {"a": "\\ud83d"}}</tool_call>',
     )
 
     @pytest.fixture
@@ -54,6 +57,30 @@ def test_calls_and_text_around_them():
         ("call", "0", "add"),
         ("arguments", "0", '{"a": 1, "b": [2]}'),
     ]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"name": "x", "arguments": {"a": NaN}}',
+        '{"name": "x", "arguments": {"a": -Infinity}}',
+        '{"name": "x", "arguments": {"a": 1e999}}',
+        '{"name": "x", "arguments": {"a": "\\ud800"}}',
+        '{"name": "\\ud800", "arguments": {}}',
+        '{"name": "x", "arguments": [1]}',
+        '{"name": "x", "arguments": "[1]"}',
+        '{"name": "x", "arguments": ' + '{"a":' * 100_000,
+    ],
+    ids=lambda body: body[:40],
+)
+def test_what_json_cannot_say_is_no_call(body):
+    text = f"<tool_call>{body}</tool_call>"
+    assert join(parse(QwenParser(ParserInit()), [text])) == [("text", "", text)]
+
+
+def test_space_around_what_is_no_call_stays():
+    text = "Write <tool_call> first,\n\nthen </tool_call> to end. Or <tool_call>"
+    assert events(text) == [("text", "", text)]
 
 
 def test_broken_calls_are_text():

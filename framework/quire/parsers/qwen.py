@@ -1,6 +1,6 @@
 """Qwen's conventions: `<think>...</think>` and `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
 
-White space next to a marker belongs to the marker.
+White space next to a marker belongs to the marker; a call that is no call comes out as the text it was.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class QwenParser(OutputParser):
         self._held = ""
         self._after_marker = init.in_reasoning
         self._num_calls = 0
+        self._space = ""  # white space before an open <tool_call>, in case it turns out to be text
 
     def feed(self, text: str, token_ids: Sequence[int]) -> list[ParserEvent]:
         self._held += text
@@ -61,7 +62,7 @@ class QwenParser(OutputParser):
     def finish(self) -> list[ParserEvent]:
         held, self._held = self._held, ""
         if self._mode is _Mode.CALL:
-            held = CALL + held
+            held = self._space + CALL + held
         self._mode = _Mode.TEXT if self._mode is _Mode.CALL else self._mode
         return [self._delta(held)] if held else []
 
@@ -78,40 +79,50 @@ class QwenParser(OutputParser):
     def _close(self, body: str, marker: str, events: list[ParserEvent]) -> None:
         """A marker was met after `body`."""
         if self._mode is _Mode.CALL:
-            self._end_call(body, events)
-        elif body := body.rstrip():
-            events.append(self._delta(body))
+            self._mode, self._after_marker = _Mode.TEXT, self._end_call(body, events)
+            return
+        shown = body.rstrip()
+        if shown:
+            events.append(self._delta(shown))
+        self._space = body[len(shown) :]
         self._mode = {THINK: _Mode.REASONING, CALL: _Mode.CALL}.get(marker, _Mode.TEXT)
         self._after_marker = self._mode is not _Mode.CALL
 
-    def _end_call(self, body: str, events: list[ParserEvent]) -> None:
+    def _end_call(self, body: str, events: list[ParserEvent]) -> bool:
+        """Whether the body was a call; if not, it comes out as text, with the space around it."""
         call = _parse_call(body)
         if call is None:
-            events.append(TextDelta(CALL + body + END_CALL))
-            return
+            events.append(TextDelta(self._space + CALL + body + END_CALL))
+            return False
         name, arguments = call
         events += [ToolCallStart(self._num_calls, name), ToolCallArguments(self._num_calls, arguments)]
         self._num_calls += 1
+        return True
 
     def _delta(self, text: str) -> ParserEvent:
         return ReasoningDelta(text) if self._mode is _Mode.REASONING else TextDelta(text)
 
 
 def _parse_call(body: str) -> tuple[str, str] | None:
-    """(name, arguments as JSON text), or None if the body is no call."""
+    """(name, arguments as JSON text), or None if the body is no call.
+
+    What Python reads but JSON (RFC 8259) has no form for makes no call: NaN, infinities, and halves
+    of surrogate pairs, which no UTF-8 stream could carry.
+    """
     try:
         call = json.loads(body)
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            return None
+        arguments = call.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        if not isinstance(arguments, dict):
+            return None
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        (call["name"] + text).encode()
     except (ValueError, RecursionError):
         return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return None
-    arguments = call.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            return None
-    return (call["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+    return call["name"], text
 
 
 def _overlap(text: str, marker: str) -> int:

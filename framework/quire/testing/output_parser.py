@@ -45,6 +45,15 @@ def parse(parser: OutputParser, pieces: Sequence[str]) -> list[ParserEvent]:
     return events + parser.finish()
 
 
+def strict_json(text: str) -> object:
+    """The value of a JSON text; NaN and the infinities, which Python's reader lets pass, are errors."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON: {text!r}")
+
+    return json.loads(text, parse_constant=refuse)
+
+
 class OutputParserConformance:
     """What every parser must hold. Subclass, give `parser_class`, and samples in the model's format."""
 
@@ -78,14 +87,15 @@ class OutputParserConformance:
         assert join(parse(parser_class(ParserInit()), list(text))) == [("text", "", text)]
 
     def test_arguments_are_json(self, parser_class: type[OutputParser]) -> None:
-        """The pieces of each call's arguments join to a JSON object; calls are counted from 0."""
+        """The pieces of each call's arguments join to a JSON object in UTF-8; calls are counted from 0."""
         for sample in self.samples:
             joined = join(parse(parser_class(ParserInit()), [sample]))
             starts = [entry for entry in joined if entry[0] == "call"]
             assert [entry[1] for entry in starts] == [str(index) for index in range(len(starts))]
             for entry in joined:
                 if entry[0] == "arguments":
-                    assert isinstance(json.loads(entry[2]), dict)
+                    assert isinstance(strict_json(entry[2]), dict)
+                    entry[2].encode()  # a lone surrogate could not be sent
 
     def test_no_visible_text_is_lost(self, parser_class: type[OutputParser]) -> None:
         """Every character but markers and the space around them stands in some event, or in a complete call."""
