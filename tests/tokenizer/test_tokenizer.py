@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from quire import ConfigError, RequestError, SamplingParams
 from quire.tokenizer import Tokenizer
 from quire.tokenizer.detokenizer import IncrementalDetokenizer, StopStrings
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -87,6 +88,65 @@ def test_user_text_never_yields_special_tokens(tokenizer, folder, content, as_pa
     start, end = reference(folder).convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert [token for token in specials if token in (start, end)] == [start, end, start]
     assert "im_end" in tokenizer.decode(ids)
+
+
+@pytest.fixture(scope="module")
+def with_added_tokens(tmp_path_factory):
+    """Line breaks and tags are added tokens here, as in Gemma; the call marker is one, as in Qwen."""
+    backend, trainer = byte_level()
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.add_tokens([AddedToken(text, normalized=False) for text in ("\n\n", "  ", "<b>", "<tool_call>")])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>", "@@"]
+    )
+    fast.chat_template = TEMPLATE + "{% if tools %}<tool_call>{% endif %}"
+    path = tmp_path_factory.mktemp("added")
+    fast.save_pretrained(path)
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    return Tokenizer(path), fast
+
+
+def test_added_tokens_that_mark_nothing_are_words_like_any(with_added_tokens):
+    ours, theirs = with_added_tokens
+    messages = [{"role": "user", "content": "one  two\n\nthree <b> four"}]
+    wanted = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ours.apply_chat_template(messages) == wanted
+    assert {theirs.convert_tokens_to_ids(text) for text in ("\n\n", "  ", "<b>")} <= set(wanted)
+
+
+@pytest.mark.parametrize("role", ["user", "tool", "function", "stranger"])
+@pytest.mark.parametrize(
+    ("content", "marker"),
+    [
+        ("<tool_call>", "<tool_call>"),
+        ("a@@@@@b", "@@"),
+        ([{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}], "<|im_end|>"),
+    ],
+)
+def test_markers_are_cut_for_every_role_but_trusted_ones(with_added_tokens, role, content, marker):
+    ours, theirs = with_added_tokens
+    template = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+    template += "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}{# <tool_call> #}"
+    forbidden = theirs.convert_tokens_to_ids(marker)
+    assert forbidden not in ours.apply_chat_template([{"role": role, "content": content}], chat_template=template)
+    assert forbidden in ours.apply_chat_template([{"role": "assistant", "content": content}], chat_template=template)
+
+
+def test_a_message_with_every_private_character_is_refused_only_beside_a_marker(with_added_tokens):
+    ours, _ = with_added_tokens
+    every = "".join(chr(code) for code in range(0xE000, 0xE100))
+    assert ours.apply_chat_template([{"role": "user", "content": every}])
+    with pytest.raises(RequestError, match="private-use"):
+        ours.apply_chat_template([{"role": "user", "content": every + "<|im_end|>"}])
+
+
+def test_of_several_templates_the_default_is_taken(folder):
+    tokenizer = Tokenizer(folder)
+    messages = [{"role": "user", "content": "the fox"}]
+    wanted = tokenizer.apply_chat_template(messages)
+    tokenizer._tokenizer.chat_template = {"default": TEMPLATE, "rag": "other"}
+    assert tokenizer.chat_template == TEMPLATE
+    assert tokenizer.apply_chat_template(messages) == wanted
 
 
 def test_bad_templates_and_messages_are_request_errors(tokenizer, folder):

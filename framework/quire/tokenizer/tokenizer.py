@@ -11,8 +11,8 @@ from quire.errors import ConfigError, RequestError
 
 PRIVATE_USE = range(0xE000, 0xE100)
 """Characters that stand for nothing; one that no message contains marks where text must not join."""
-UNTRUSTED_ROLES = frozenset({"user", "tool", "ipython"})
-"""Roles whose text comes from outside; special tokens spelt out in it must stay plain text."""
+TRUSTED_ROLES = frozenset({"system", "developer", "assistant"})
+"""Roles whose text is the operator's or the model's own; in that of all others special tokens stay plain text."""
 
 
 class Tokenizer:
@@ -43,12 +43,18 @@ class Tokenizer:
             self._tokenizer.chat_template = chat_template
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
         self.stop_token_ids = self._end_tokens(generation_config or {})
-        self._specials = sorted({*self._tokenizer.all_special_tokens, *self._tokenizer.get_added_vocab()}, key=len)
+        added = self._tokenizer.added_tokens_decoder
+        special = {token: entry.content for token, entry in added.items() if entry.special}
+        self.special_token_ids = frozenset({*special, *self._tokenizer.all_special_ids})
+        self._special_texts = frozenset({*special.values(), *self._tokenizer.all_special_tokens})
+        self._added_texts = frozenset(entry.content for entry in added.values())
 
     @property
     def chat_template(self) -> str | None:
-        """The template, or None."""
+        """The template, of several that named `default`, or None."""
         template = self._tokenizer.chat_template
+        if isinstance(template, Mapping):
+            template = template.get("default")
         return template if isinstance(template, str) else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -107,39 +113,25 @@ class Tokenizer:
         """The conversation's token ids; arguments as for `render_chat`.
 
         Text of users and tools never yields a special token: one that is spelt out there is cut in
-        two before the template runs, and the parts are tokenized apart.
+        two before the template runs, and the parts are tokenized apart. All else is tokenized as
+        transformers does it.
         """
-        joint = self._joint(messages)
+        markers = self._markers(arguments.get("chat_template"))
+        joint = _joint(messages, markers)
         if joint is None:
             return self.encode(self.render_chat(messages, **arguments), add_special_tokens=False)
-        text = self.render_chat([self._defuse(message, joint) for message in messages], **arguments)
+        text = self.render_chat([_defuse(message, markers, joint) for message in messages], **arguments)
         return [token for piece in text.split(joint) for token in self.encode(piece, add_special_tokens=False)]
 
-    def _joint(self, messages: Sequence[Mapping[str, Any]]) -> str | None:
-        """A character that no message contains, if any untrusted text spells out a special token."""
-        texts = [text for message in messages if message.get("role") in UNTRUSTED_ROLES for text in _texts(message)]
-        if not any(special in text for text in texts for special in self._specials):
-            return None
-        everything = repr(list(messages)) + "".join(texts)
-        return next(chr(code) for code in PRIVATE_USE if chr(code) not in everything)
+    def _markers(self, chat_template: str | None) -> list[str]:
+        """What must not be spelt out: special tokens, and added ones that the template gives a meaning.
 
-    def _defuse(self, message: Mapping[str, Any], joint: str) -> dict[str, Any]:
-        changed = copy.deepcopy(dict(message))
-        if message.get("role") not in UNTRUSTED_ROLES:
-            return changed
-        content = changed.get("content")
-        if isinstance(content, str):
-            changed["content"] = self._cut(content, joint)
-        elif isinstance(content, list):
-            for part in content:
-                if isinstance(part, dict) and isinstance(part.get("text"), str):
-                    part["text"] = self._cut(part["text"], joint)
-        return changed
-
-    def _cut(self, text: str, joint: str) -> str:
-        for special in self._specials:
-            text = text.replace(special, special[0] + joint + special[1:])
-        return text
+        Other added tokens are words like any: line breaks, runs of spaces, HTML tags.
+        """
+        template = chat_template or str(self._tokenizer.chat_template)
+        named = {text for text in self._added_texts if text.strip() and text in template}
+        # One character cannot be cut; no known tokenizer has such a marker.
+        return sorted((text for text in self._special_texts | named if len(text) > 1), key=len)
 
     def _end_tokens(self, generation_config: Mapping[str, Any]) -> frozenset[int]:
         named = generation_config.get("eos_token_id")
@@ -156,3 +148,41 @@ def _texts(message: Mapping[str, Any]) -> list[str]:
     if isinstance(content, list):
         return [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
     return []
+
+
+def _joint(messages: Sequence[Mapping[str, Any]], markers: Sequence[str]) -> str | None:
+    """A character that no message contains, if any untrusted text spells out a marker."""
+    # The parts of a message are joined: templates write them one after another.
+    texts = ["".join(_texts(message)) for message in messages if message.get("role") not in TRUSTED_ROLES]
+    if not any(marker in text for text in texts for marker in markers):
+        return None
+    everything = repr(list(messages)) + "".join(text for message in messages for text in _texts(message))
+    joint = next((chr(code) for code in PRIVATE_USE if chr(code) not in everything), None)
+    if joint is None:
+        raise RequestError(
+            "the messages spell out a special token and hold every private-use character from U+E000 to U+E0FF",
+            param="messages",
+            remedy="leave out one or the other",
+        )
+    return joint
+
+
+def _defuse(message: Mapping[str, Any], markers: Sequence[str], joint: str) -> dict[str, Any]:
+    changed = copy.deepcopy(dict(message))
+    if message.get("role") in TRUSTED_ROLES:
+        return changed
+    content = changed.get("content")
+    if isinstance(content, str):
+        changed["content"] = _cut(content, markers, joint)
+    elif isinstance(content, list):
+        for part in content:
+            if isinstance(part, dict) and isinstance(part.get("text"), str):
+                part["text"] = joint + _cut(part["text"], markers, joint)  # parts may make a marker together
+    return changed
+
+
+def _cut(text: str, markers: Sequence[str], joint: str) -> str:
+    for marker in markers:
+        while marker in text:  # again, for markers that overlap themselves: "@@" in "@@@"
+            text = text.replace(marker, marker[0] + joint + marker[1:])
+    return text
