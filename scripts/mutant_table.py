@@ -24,6 +24,7 @@ class Mutant:
 
 
 POOL = "framework/quire/kv/pool.py"
+INDEX = "framework/quire/kv/index.py"
 PAGED = "framework/quire/kv/paged.py"
 RADIX = "framework/quire/kv/radix.py"
 CONTINUOUS = "framework/quire/scheduling/continuous.py"
@@ -82,7 +83,7 @@ MUTANTS = (
     Mutant("kv: salt ignored", PAGED, "hashlib.blake2b(salt.encode(),", "hashlib.blake2b(b'',", KV),
     Mutant("kv: parent left out of the hash", PAGED, "parent + array(", "array(", KV),
     Mutant(
-        "kv: newest evicted first", PAGED, "return next(iter(self._parked))", "return next(reversed(self._parked))", KV
+        "kv: newest evicted first", INDEX, "return next(iter(self._parked))", "return next(reversed(self._parked))", KV
     ),
     Mutant("radix: part of a block counted as whole", RADIX, "start += length", "start += size", KV),
     Mutant(

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from quire.contract.kv import KVInit, PrefixHit, PrefixQuery
-from quire.kv.pool import PooledAllocator, PrefixIndex, Table
+from quire.kv.index import PrefixIndex, Table
+from quire.kv.pool import PooledAllocator
 
 DIGEST_BYTES = 16
 
@@ -28,10 +28,10 @@ class HashIndex(PrefixIndex):
     """Digest of a chain of full blocks -> the block that holds its last link."""
 
     def __init__(self, block_size: int) -> None:
+        super().__init__()
         self._block_size = block_size
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
-        self._parked: OrderedDict[int, None] = OrderedDict()
 
     def match(self, query: PrefixQuery) -> PrefixHit:
         size, blocks = self._block_size, []
@@ -70,25 +70,6 @@ class HashIndex(PrefixIndex):
 
     def is_published(self, block: int) -> bool:
         return block in self._digest_of
-
-    def park(self, block: int) -> None:
-        self._parked[block] = None
-
-    def unpark(self, block: int) -> bool:
-        return self._parked.pop(block, self) is None
-
-    def is_parked(self, block: int) -> bool:
-        return block in self._parked
-
-    def oldest(self) -> int:
-        return next(iter(self._parked))
-
-    @property
-    def num_parked(self) -> int:
-        return len(self._parked)
-
-    def parked(self) -> Iterable[int]:
-        return self._parked.keys()
 
     def clear(self) -> None:
         self._block_of.clear()

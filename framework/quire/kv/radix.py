@@ -7,14 +7,14 @@ A request's last, partly filled block is kept as a leaf, so the next turn of a c
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from quire.contract.kv import KVInit, PrefixHit, PrefixQuery
-from quire.kv.pool import PooledAllocator, PrefixIndex, Table
+from quire.kv.index import PrefixIndex, Table
+from quire.kv.pool import PooledAllocator
 
 
 class RadixOptions(BaseModel):
@@ -49,11 +49,11 @@ class RadixIndex(PrefixIndex):
     """One tree per salt. A tree goes when its last block does: callers choose salts, and they must not pile up."""
 
     def __init__(self, block_size: int, options: RadixOptions) -> None:
+        super().__init__()
         self._block_size = block_size
         self._min_partial = options.min_partial_tokens
         self._roots: dict[str, _Node] = {}
         self._node_of: dict[int, _Node] = {}
-        self._parked: OrderedDict[int, None] = OrderedDict()
 
     def match(self, query: PrefixQuery) -> PrefixHit:
         size, count = self._block_size, len(query.token_ids)
@@ -98,25 +98,6 @@ class RadixIndex(PrefixIndex):
 
     def is_published(self, block: int) -> bool:
         return block in self._node_of
-
-    def park(self, block: int) -> None:
-        self._parked[block] = None
-
-    def unpark(self, block: int) -> bool:
-        return self._parked.pop(block, self) is None
-
-    def is_parked(self, block: int) -> bool:
-        return block in self._parked
-
-    def oldest(self) -> int:
-        return next(iter(self._parked))
-
-    @property
-    def num_parked(self) -> int:
-        return len(self._parked)
-
-    def parked(self) -> Iterable[int]:
-        return self._parked.keys()
 
     def clear(self) -> None:
         self._roots.clear()
