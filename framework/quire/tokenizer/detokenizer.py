@@ -12,6 +12,10 @@ CONTEXT = 6
 """Prompt tokens that are decoded along, so that the first token keeps its leading space."""
 INCOMPLETE = "\ufffd"
 """What decoders put where bytes do not make up a character yet."""
+LIMIT = 32
+"""Tokens that may wait for the end of a character; more is no text, and waiting would cost ever more."""
+LONGEST = 4
+"""Bytes of the longest character of UTF-8, and so the most tokens that one can be spread over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +66,8 @@ class IncrementalDetokenizer:
         return self.update((), finished=True).text
 
     def _feed(self, text: str) -> tuple[str, str | None]:
-        if self._num_tokens <= self._params.min_tokens and self._params.min_tokens:
-            return text, None
-        return self._stops.feed(text)
+        # A stop string may begin among the first `min_tokens` tokens, but not end there.
+        return self._stops.feed(text, armed=self._num_tokens > self._params.min_tokens)
 
 
 class _Decoder:
@@ -73,29 +76,48 @@ class _Decoder:
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
+        self._silent = tokenizer.special_token_ids if skip_special_tokens else frozenset()
         self._window = list(prompt_token_ids[-CONTEXT:])
         self._done = len(self._window)
 
     def add(self, token: int) -> str:
-        self._window.append(token)
-        text = self._fresh()
-        if not text or text.endswith(INCOMPLETE):
+        if token in self._silent:
             return ""
-        self._advance()
+        self._window.append(token)
+        text = self._fresh(len(self._window))
+        if not text or text.endswith(INCOMPLETE):
+            return self._overdue(text) if len(self._window) - self._done > LIMIT else ""
+        self._advance(len(self._window))
         return text
 
     def flush(self) -> str:
-        text = self._fresh()
-        self._advance()
+        text = self._fresh(len(self._window))
+        self._advance(len(self._window))
         return text
 
-    def _fresh(self) -> str:
-        before = self._decode(self._window[: self._done])
-        return self._decode(self._window)[len(before) :]
+    def _fresh(self, end: int) -> str:
+        """Text of the window's tokens up to `end` that has not been given out."""
+        before, whole = self._decode(self._window[: self._done]), self._decode(self._window[:end])
+        if not whole.startswith(before):
+            before = before.rstrip(INCOMPLETE)  # the prompt ended within a character, which is complete now
+        return whole[len(before) :]
 
-    def _advance(self) -> None:
+    def _advance(self, end: int) -> None:
+        """All up to `end` is given out; its last piece stays as context."""
         self._window = self._window[self._done :]
-        self._done = len(self._window)
+        self._done = end - self._done
+
+    def _overdue(self, text: str) -> str:
+        """Let go of waiting tokens that can no longer become part of a character."""
+        if not text:  # ids without text, such as those that pad a vocabulary
+            del self._window[self._done :]
+            return ""
+        for end in range(len(self._window) - LONGEST, self._done, -1):
+            early = self._fresh(end)
+            if early and text.startswith(early):
+                self._advance(end)
+                return early
+        return ""
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip)
@@ -109,12 +131,14 @@ class StopStrings:
         self._include = include
         self._held = ""
 
-    def feed(self, text: str) -> tuple[str, str | None]:
-        """(text that may be shown, the stop string that was met or None)."""
+    def feed(self, text: str, *, armed: bool = True) -> tuple[str, str | None]:
+        """(text that may be shown, the stop string that was met or None); unless `armed`, none is met yet."""
         if not self._stops:
             return text, None
-        whole = self._held + text
-        found = [(at, stop) for stop in self._stops if (at := whole.find(stop)) >= 0]
+        whole, old = self._held + text, len(self._held)
+        # None may end within what is held: if one does, it came before the first armed piece.
+        ends = ((whole.find(stop, max(0, old + 1 - len(stop))), stop) for stop in self._stops)
+        found = [(at, stop) for at, stop in ends if armed and at >= 0]
         if found:
             # The one that is complete first, as if the text had come letter by letter.
             at, stop = min(found, key=lambda pair: (pair[0] + len(pair[1]), pair[0]))
