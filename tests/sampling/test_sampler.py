@@ -94,7 +94,7 @@ def test_candidates_by_definition(seed):
     settings = (
         float(rng.choice([0.3, 1.0, 2.0])),
         int(rng.choice([0, 1, 5, 100])),
-        float(rng.choice([1.0, 0.9, 0.3])),
+        float(rng.choice([1.0, 0.999, 0.9, 0.3])),
         float(rng.choice([0.0, 0.05, 0.5])),
     )
     ours = candidate_weights(torch.tensor(logits, dtype=torch.float32), *settings).numpy()
