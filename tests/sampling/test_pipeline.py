@@ -93,6 +93,25 @@ def test_each_processor_changes_its_own_rows_only():
     assert run(pipe, logits[:2], (3, 1), (3, 3)).token_ids.tolist() == [1, 0]
 
 
+def test_greedy_rows_skip_processors_that_leave_the_most_likely_token():
+    class Last(LogitsProcessor):
+        """Lies about being invariant, so that it shows which rows it ran for."""
+
+        argmax_invariant = True
+
+        def add(self, slot, request):
+            return True
+
+        def apply(self, logits, ctx):
+            logits[:, :-1] = float("-inf")
+
+    pipe = pipeline(Last)
+    pipe.add(0, request(SamplingParams(temperature=0)), 0)
+    pipe.add(1, request(SamplingParams(temperature=1)), 0)
+    logits = torch.zeros(2, V)
+    assert run(pipe, logits, (0, 1), (2, 2)).token_ids.tolist() == [0, V - 1]
+
+
 def test_slots_forget_their_requests():
     pipe = pipeline()
     pipe.add(0, request(SamplingParams(temperature=0, logit_bias={5: 100.0}, logprobs=1)), 0)

@@ -113,6 +113,8 @@ class SamplingPipeline:
         any_ran = False
         for (name, processor), active in zip(self._processors, self._active, strict=True):
             rows = [row for row, slot in enumerate(slots) if slot in active and slot not in self._failed]
+            if processor.argmax_invariant:  # a greedy row's token would stay the same
+                rows = [row for row in rows if self._temperature[slots[row]] > 0]
             if not rows:
                 continue
             any_ran = True
