@@ -221,6 +221,36 @@ MUTANTS = (
         "text: half characters shown", DETOKENIZER, "if not text or text.endswith(INCOMPLETE):", "if not text:", TEXT
     ),
     Mutant(
+        "text: minimum one short",
+        DETOKENIZER,
+        "armed=self._num_tokens > self._params.min_tokens",
+        "armed=self._num_tokens >= self._params.min_tokens",
+        TEXT,
+    ),
+    Mutant("text: garbage waits for ever", DETOKENIZER, "> LIMIT else", "> 10**9 else", TEXT),
+    Mutant(
+        "chat: a marker that overlaps itself stays",
+        "framework/quire/tokenizer/tokenizer.py",
+        "while marker in text:",
+        "if marker in text:",
+        TEXT,
+    ),
+    Mutant(
+        "sampler: top-p drops tokens that count",
+        SAMPLER,
+        "/ (2 * weights.shape[0])",
+        "* 2",
+        SAMPLING,
+    ),
+    Mutant("penalties: tokens counted twice", PROCESSORS, "counts.num_tokens = known", "pass", SAMPLING),
+    Mutant(
+        "parser: NaN passes for JSON",
+        "framework/quire/parsers/qwen.py",
+        "allow_nan=False",
+        "allow_nan=True",
+        "tests/parsers",
+    ),
+    Mutant(
         "deterministic: tiles follow the chunk",
         "plugins/cpu_ref/quire_cpu_ref/tiles.py",
         "range(first // TILE * TILE, lengths[row], TILE)",

@@ -305,6 +305,15 @@ def test_min_tokens_delay_stop_strings_and_tokens_after_a_stop_do_not_count(toke
     assert IncrementalDetokenizer(tokenizer, delayed, [0]).update(ids, finished=True).stop_string is None
 
 
+@pytest.mark.parametrize(("minimum", "stops"), [(0, True), (1, True), (2, False)])
+def test_a_stop_string_may_end_in_the_first_token_behind_the_minimum(with_added_tokens, minimum, stops):
+    tokenizer, _ = with_added_tokens
+    ids = [byte_tokens(tokenizer)[byte] for byte in b"ab"]
+    params = SamplingParams(stop="ab", min_tokens=minimum, max_tokens=9)
+    piece = IncrementalDetokenizer(tokenizer, params, [0]).update(ids, finished=True)
+    assert (piece.text, piece.stop_string) == (("", "ab") if stops else ("ab", None))
+
+
 def test_detokenize_false_gives_no_text(tokenizer):
     stream = IncrementalDetokenizer(tokenizer, SamplingParams(detokenize=False), [0])
     assert stream.update([1, 2], finished=True).text == ""
