@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,11 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
-LONG = {
+LONG: Mapping[str, Any] = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
     "partial_rotary_factor": 0.5,
-    "original_max_position_embeddings": 64,
+    "original_max_position_embeddings": 128,
     "short_factor": [1.0, 1.1, 1.2, 1.3],
     "long_factor": [1.0, 2.0, 3.0, 4.0],
 }
@@ -59,10 +60,17 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0},
     ),
     "gemma3": ("Gemma3", {"head_dim": 16, "sliding_window": 6, "num_hidden_layers": 6, "query_pre_attn_scalar": 24}),
-    "phi3": ("Phi3", {"rope_parameters": LONG}),
+    "phi3": ("Phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 128}),
     "olmo2": ("Olmo2", {}),
     "stablelm": ("StableLm", {"use_qkv_bias": True, "qk_layernorm": False, "partial_rotary_factor": 0.25}),
     "gpt_neox": ("GPTNeoX", {"rotary_pct": 0.25, "hidden_act": "gelu"}),
+    "cohere2": ("Cohere2", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
+    "granite": ("Granite", {"logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3}),
+    "olmoe": ("Olmoe", {"num_experts": 12, "num_experts_per_tok": 2}),
+    "gpt2": ("GPT2", {}),
+    "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "doge": ("Doge", {}),
+    "diffllama": ("DiffLlama", {}),
 }
 """Name -> (transformers' class prefix, settings beside COMMON)."""
 
@@ -76,8 +84,9 @@ def make_checkpoint(name: str, folder: Path, *, seed: int = 0, dtype: torch.dtyp
 
     prefix, settings = ARCHITECTURES[name]
     config_class = getattr(transformers, f"{prefix}TextConfig" if prefix == "Gemma3" else f"{prefix}Config")
-    config = config_class(**(dict(COMMON) | dict(settings)))
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    # A copy: transformers rewrites nested settings.
+    config = config_class(**copy.deepcopy(dict(COMMON) | dict(settings)))
+    model = transformers.AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
