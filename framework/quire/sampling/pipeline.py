@@ -99,8 +99,8 @@ class SamplingPipeline:
             num_tokens: tokens known of each row's request; the position of the token to be sampled.
             token_ids: int32 [max_num_reqs, L], the known tokens of every slot.
         """
-        # A sum is finite only if every term is; it takes one pass and no temporary of the logits' size.
-        finite = torch.isfinite(logits.sum(-1))
+        # A row is finite if its extremes are (NaN passes through both); no temporary of the logits' size.
+        finite = torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))
         wanted = [row for row, slot in enumerate(slots) if slot in self._num_logprobs]
         raw = logits[wanted] if wanted else None  # a copy: the processors come next
         if self._process(logits, slots, num_tokens, token_ids):
