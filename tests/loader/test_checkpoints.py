@@ -6,6 +6,7 @@ import struct
 import pytest
 import torch
 from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quire import ConfigError, ModelNotFound, QuireError, UnsupportedModel
@@ -157,6 +158,12 @@ def test_names_that_can_be_neither_folder_nor_id(name, monkeypatch):
         resolve_checkpoint(name)
 
 
+@pytest.mark.parametrize("name", ["org/a--b", "org/a..b", "org/name-", "a" * 97])
+def test_ids_that_the_hub_would_not_allow(name):
+    with pytest.raises(ModelNotFound, match="a name that the hub allows"):
+        resolve_checkpoint(name)
+
+
 def hub_error(kind):
     error = kind.__new__(kind)
     Exception.__init__(error, "told by the hub")
@@ -198,6 +205,9 @@ def test_the_hub_is_asked_for_safe_files_only(monkeypatch, folder):
     checkpoint = resolve_checkpoint("org/model", "v9")
     assert (checkpoint.name, asked["repo"], asked["revision"]) == ("org/model", "org/model", "v9")
     assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in asked["allow_patterns"])
+    files = ["model-00001-of-00002.safetensors", "consolidated.safetensors", "onnx/model.safetensors", "a.py", "b.bin"]
+    patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects(files, **patterns)) == files[:1]
 
 
 def test_the_bundled_model_is_there():

@@ -33,7 +33,7 @@ def test_frequencies_equal_transformers(parameters):
 
     partial = parameters.get("partial_rotary_factor", 1.0)
     config = LlamaConfig(**BASE, rope_parameters=dict(parameters), partial_rotary_factor=partial)
-    ours, factor = inverse_frequencies(Settings(BASE | {"rope_parameters": parameters}).rope(16), 256)
+    ours, factor = inverse_frequencies(Settings(BASE | {"rope_parameters": parameters}).rope(16, partial=True), 256)
     if parameters["rope_type"] == "default":
         exponents = torch.arange(0, 16, 2).float() / 16
         theirs, their_factor = 1.0 / parameters["rope_theta"] ** exponents, 1.0
@@ -44,7 +44,7 @@ def test_frequencies_equal_transformers(parameters):
 
 
 def test_longrope_chooses_by_the_length_it_serves():
-    rope = Settings(BASE | {"rope_parameters": LONG}).rope(16)
+    rope = Settings(BASE | {"rope_parameters": LONG}).rope(16, partial=True)
     short, long = (inverse_frequencies(rope, length)[0] for length in (128, 129))
     assert torch.allclose(short / long, torch.tensor(LONG["long_factor"]) / torch.tensor(LONG["short_factor"]))
 

@@ -47,7 +47,11 @@ class RMSNorm:
 
 
 class Head:
-    """Hidden states -> logits float32 [R, V]. A tied head packs its own copy where the op's form differs."""
+    """Hidden states -> logits float32 [R, V].
+
+    A tied head is the embedding's tensor, which costs nothing more where the op uses weights as they
+    are, and V·H elements again where it packs them into another form.
+    """
 
     def __init__(
         self, init: ModelInit, table: WeightTable, embedding: Embedding, sizes: tuple[int, int], *, tied: bool
@@ -57,9 +61,10 @@ class Head:
         self._init = init
         self._spec = LinearSpec(hidden_size, vocab_size, False, init.dtype, init.deterministic, "lm_head")
         self._linear: Linear | None = None
+        self._stored: Tensor | None = None
         if tied:
-            # Some checkpoints store the tied head as well; it is the embedding once more.
-            table.expect("lm_head.weight", (vocab_size, hidden_size), lambda tensor: None, required=False)
+            # Some checkpoints store the tied head as well. Where it is not the embedding once more, it counts.
+            table.expect("lm_head.weight", (vocab_size, hidden_size), self._keep, required=False)
         else:
             self._linear = Linear(init, table, [Source("lm_head", vocab_size)], hidden_size)
 
@@ -67,7 +72,12 @@ class Head:
         """Pack a tied head; the embedding has been loaded."""
         if self._tied is not None:
             self._op = self._init.layers.op(self._spec)
-            self._state = self._op.pack(self._tied.weight, None)
+            same = self._stored is None or torch.equal(self._stored, self._tied.weight)
+            self._state = self._op.pack(self._tied.weight if same else self._stored, None)
+            self._stored = None
+
+    def _keep(self, tensor: Tensor) -> None:
+        self._stored = tensor.to(self._init.device, self._init.dtype, copy=True)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         if self._linear is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from quire.contract.model import ModelInit
 from quire.contract.ops import LinearSpec
 from quire.contract.quant import QuantLinear, QuantTensor
+from quire.errors import UnsupportedModel
 from quire.layers.weights import WeightTable
 
 
@@ -110,29 +111,35 @@ class _QuantLoader:
         self._found: dict[str, dict[int, Tensor]] = {}
         self._biases: dict[int, Tensor] = {}
         self._wanted = quant.tensors()
-        self._left = len(parts) * (sum(tensor.required for tensor in self._wanted) + quant.spec.bias)
+        self._left = len(parts) * (len(self._wanted) + quant.spec.bias)
+        self._done = False
 
     def expect(self, table: WeightTable, ready: Ready) -> None:
+        # Optional tensors may come last, or never; then the layer is finished with what is there.
+        table.at_end(lambda: self._finalize(ready))
         for index, part in enumerate(self._parts):
             for tensor in self._wanted:
                 free = tensor.out_dim if len(self._parts) > 1 else None
                 shape = tuple(None if dim == free else size for dim, size in enumerate(tensor.shape))
-                take = self._taker(self._found.setdefault(tensor.name, {}), index, tensor.required, ready)
+                take = self._taker(self._found.setdefault(tensor.name, {}), index, ready)
                 table.expect(f"{part.name}.{tensor.name}", shape, take, required=tensor.required)
             if part.bias:
-                take = self._taker(self._biases, index, True, ready)
+                take = self._taker(self._biases, index, ready)
                 table.expect(f"{part.name}.bias", (part.out_features,), take)
 
-    def _taker(self, into: dict[int, Tensor], index: int, required: bool, ready: Ready) -> Callable[[Tensor], None]:
+    def _taker(self, into: dict[int, Tensor], index: int, ready: Ready) -> Callable[[Tensor], None]:
         def take(tensor: Tensor) -> None:
             into[index] = tensor.clone()
-            self._left -= required
+            self._left -= 1
             if self._left == 0:
                 self._finalize(ready)
 
         return take
 
     def _finalize(self, ready: Ready) -> None:
+        if self._done:
+            return
+        self._done = True
         tensors = {
             tensor.name: self._join(tensor, self._found[tensor.name])
             for tensor in self._wanted
@@ -148,5 +155,12 @@ class _QuantLoader:
         ready(lambda x: quant.forward(x, state, bias))
 
     def _join(self, tensor: QuantTensor, found: dict[int, Tensor]) -> Tensor:
+        if len(found) < len(self._parts):
+            lacking = [part.name for index, part in enumerate(self._parts) if index not in found]
+            raise UnsupportedModel(f"{self._quant.spec.name} is fused, and {lacking[0]!r} lacks {tensor.name!r}")
         pieces = [found[index] for index in sorted(found)]
-        return pieces[0] if tensor.out_dim is None or len(pieces) == 1 else torch.cat(pieces, tensor.out_dim)
+        if tensor.out_dim is not None:
+            return torch.cat(pieces, tensor.out_dim)
+        if not all(torch.equal(piece, pieces[0]) for piece in pieces):
+            raise UnsupportedModel(f"{tensor.name!r} differs among the layers that are fused: {self._quant.spec.name}")
+        return pieces[0]

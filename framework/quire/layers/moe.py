@@ -16,12 +16,17 @@ from quire.layers.weights import WeightTable
 
 @dataclass(frozen=True, slots=True)
 class ExpertNames:
-    """Checkpoint paths: the router, and of each expert (`{e}` stands for its number) gate, up and down."""
+    """Checkpoint paths: the router, and of each expert (`{e}` stands for its number) gate, up and down.
+
+    `stacked`: the block whose `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I] hold all experts, as
+    transformers 5 stores them in its own format.
+    """
 
     router: str
     gate: str
     up: str
     down: str
+    stacked: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,14 @@ class SparseMLP:
         )
         self._gate_up = torch.empty(experts, 2 * inner, hidden, dtype=init.dtype, device=init.device)
         self._down = torch.empty(experts, hidden, inner, dtype=init.dtype, device=init.device)
+        for projection, target, parts in (
+            ("gate_up_proj", self._gate_up, (names.gate, names.up)),
+            ("down_proj", self._down, (names.down,)),
+        ):
+            single = [f"{part.format(e=expert)}.weight" for part in parts for expert in range(experts)]
+            table.expect(
+                f"{names.stacked}.{projection}", tuple(target.shape), _copier(target), required=False, replaces=single
+            )
         for expert in range(experts):
             gate_up, down = self._gate_up[expert], self._down[expert]
             for name, shape, target in (

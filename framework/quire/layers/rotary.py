@@ -12,7 +12,14 @@ from torch import Tensor
 
 from quire.errors import UnsupportedModel
 
-KNOWN = ("default", "linear", "llama3", "yarn", "longrope")
+PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+}
+"""Scalings, and what each needs. `dynamic` is not among them: there a key's rotation changes as its request grows."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,8 @@ class RopeConfig:
         parameters: the checkpoint's `rope_parameters` (or older `rope_scaling`).
         max_positions: positions that the checkpoint was made for.
         original_positions: positions before any scaling was applied.
+
+    Raises UnsupportedModel for an unknown scaling, or one whose parameters are missing or wrong.
     """
 
     head_dim: int
@@ -34,10 +43,27 @@ class RopeConfig:
     max_positions: int
     original_positions: int
 
+    def __post_init__(self) -> None:
+        if self.kind not in PARAMETERS:
+            raise UnsupportedModel(f"config.json has rope type {self.kind!r}; known are {sorted(PARAMETERS)}")
+        for name in PARAMETERS[self.kind]:
+            value = self.parameters.get(name)
+            if name.endswith("_factor") and self.kind == "longrope":
+                fits = isinstance(value, list) and len(value) == self.rotary_dim // 2 and all(map(_positive, value))
+                wanted = f"a list of {self.rotary_dim // 2} positive numbers"
+            else:
+                fits, wanted = _positive(value), "a positive number"
+            if not fits:
+                raise UnsupportedModel(f"config.json's rope type {self.kind!r} has {name!r} = {value!r}; not {wanted}")
+
     @property
     def kind(self) -> str:
         """Name of the scaling."""
         return str(self.parameters.get("rope_type") or self.parameters.get("type") or "default")
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 class Rotary:
@@ -55,7 +81,7 @@ class Rotary:
 
 
 def inverse_frequencies(config: RopeConfig, max_model_len: int) -> tuple[Tensor, float]:
-    """(float32 [rotary_dim/2], factor on cos and sin). Raises UnsupportedModel for an unknown scaling."""
+    """(float32 [rotary_dim/2], factor on cos and sin)."""
     exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
     plain = 1.0 / config.theta**exponents
     scaling, kind = config.parameters, config.kind
@@ -67,9 +93,7 @@ def inverse_frequencies(config: RopeConfig, max_model_len: int) -> tuple[Tensor,
         return _llama3(plain, config), 1.0
     if kind == "yarn":
         return _yarn(plain, config)
-    if kind == "longrope":
-        return _longrope(exponents, config, max_model_len)
-    raise UnsupportedModel(f"rope type {kind!r} is not supported", remedy=f"known are {list(KNOWN)}")
+    return _longrope(exponents, config, max_model_len)
 
 
 def _llama3(plain: Tensor, config: RopeConfig) -> Tensor:
@@ -77,7 +101,7 @@ def _llama3(plain: Tensor, config: RopeConfig) -> Tensor:
     scaling = config.parameters
     factor = float(scaling["factor"])
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-    original = float(scaling["original_max_position_embeddings"])
+    original = config.original_positions
     wavelengths = 2 * math.pi / plain
     share = ((original / wavelengths) - low) / (high - low)
     blended = (1 - share) * plain / factor + share * plain
@@ -90,7 +114,7 @@ def _yarn(plain: Tensor, config: RopeConfig) -> tuple[Tensor, float]:
     """YaRN (Peng et al. 2023)."""
     scaling = config.parameters
     factor = float(scaling["factor"])
-    original = float(scaling.get("original_max_position_embeddings") or config.original_positions)
+    original = config.original_positions
     fast, slow = float(scaling.get("beta_fast") or 32), float(scaling.get("beta_slow") or 1)
 
     def dimension(rotations: float) -> float:
@@ -122,10 +146,10 @@ def _longrope(exponents: Tensor, config: RopeConfig, max_model_len: int) -> tupl
     """LongRoPE (Ding et al. 2024). One set of factors serves the whole engine: the long one if requests may pass
     the original length, so that a request's KV does not change its meaning as it grows."""
     scaling = config.parameters
-    original = int(scaling.get("original_max_position_embeddings") or config.original_positions)
+    original = config.original_positions
     chosen = scaling["long_factor"] if max_model_len > original else scaling["short_factor"]
     stretched = torch.tensor(chosen, dtype=torch.float32) * config.theta**exponents
-    factor = config.max_positions / original
+    factor = float(scaling.get("factor") or config.max_positions / original)
     if scaling.get("attention_factor") is not None:
         attention = float(scaling["attention_factor"])
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,6 +17,7 @@ class _Slot:
     shape: tuple[int | None, ...]
     take: Take
     required: bool
+    replaces: tuple[str, ...]
 
 
 class WeightTable:
@@ -25,12 +26,24 @@ class WeightTable:
     def __init__(self) -> None:
         self._slots: dict[str, _Slot] = {}
         self._loaded: set[str] = set()
+        self._endings: list[Callable[[], None]] = []
 
-    def expect(self, name: str, shape: tuple[int | None, ...], take: Take, *, required: bool = True) -> None:
-        """`take` gets the tensor of that name and shape (None: any size); it must not keep the tensor itself."""
+    def expect(
+        self,
+        name: str,
+        shape: tuple[int | None, ...],
+        take: Take,
+        *,
+        required: bool = True,
+        replaces: Sequence[str] = (),
+    ) -> None:
+        """`take` gets the tensor of that name and shape (None: any size); it must not keep the tensor itself.
+
+        `replaces`: names that are not missed once this one has been loaded.
+        """
         if name in self._slots:
             raise AssertionError(f"two layers expect {name!r}")
-        self._slots[name] = _Slot(shape, take, required)
+        self._slots[name] = _Slot(shape, take, required, tuple(replaces))
 
     def load(self, name: str, tensor: Tensor) -> bool:
         """Hand a tensor over; False if nothing expects it. Raises UnsupportedModel for a wrong shape."""
@@ -47,8 +60,18 @@ class WeightTable:
                 remedy="config.json and the weights belong to different models",
             )
         slot.take(tensor)
-        self._loaded.add(name)
+        self._loaded |= {name, *slot.replaces}
         return True
+
+    def at_end(self, ending: Callable[[], None]) -> None:
+        """Have `ending` called when no more tensors come."""
+        self._endings.append(ending)
+
+    def finish(self) -> None:
+        """No more tensors come."""
+        for ending in self._endings:
+            ending()
+        self._endings.clear()
 
     def missing(self) -> list[str]:
         """Required names that have not been loaded."""

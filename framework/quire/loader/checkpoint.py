@@ -18,6 +18,8 @@ from quire.loader.files import StoredTensor, index_tensors
 BUNDLED = "quire-tiny"
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt")
 """What is fetched from the hub: weights in safetensors, configuration, tokenizer, chat template."""
+IGNORED = ("consolidated*.safetensors", "*/*.safetensors")
+"""The same weights once more, in other layouts, which some repositories hold beside the usual files."""
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 
@@ -113,7 +115,16 @@ def _download(model: str, revision: str | None) -> Path:
 
     try:
         cache = special_variable("QUIRE_CACHE_DIR")
-        return Path(snapshot_download(model, revision=revision, cache_dir=cache, allow_patterns=list(PATTERNS)))
+        return Path(
+            snapshot_download(
+                model, revision=revision, cache_dir=cache, allow_patterns=list(PATTERNS), ignore_patterns=list(IGNORED)
+            )
+        )
+    except errors.HFValidationError as error:
+        raise ModelNotFound(
+            f"{model} is neither a folder nor a name that the hub allows",
+            remedy="name a folder, or an id such as org/name",
+        ) from error
     except errors.GatedRepoError as error:
         raise ModelNotFound(
             f"access to {model} is restricted", remedy="accept its licence on the hub and run `hf auth login`"

@@ -43,9 +43,9 @@ def windows_by_type(settings: Settings, window: int | None, default: tuple[str, 
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def settings_of(config: Mapping[str, Any]) -> Settings:
-    """Settings, refusing what no native family honours."""
-    settings = Settings(config)
+def settings_of(config: Mapping[str, Any], **defaults: Any) -> Settings:
+    """Settings with the family's defaults, refusing what no native family honours."""
+    settings = Settings(config, defaults)
     settings.must_be("is_encoder_decoder", False)
     settings.must_be("add_cross_attention", False)
     return settings

@@ -127,6 +127,8 @@ class Decoder(CausalLM):
         return capped * cap
 
     def load_weight(self, name: str, tensor: Tensor) -> bool:
+        if self._config.expert_names == "mixtral":
+            name = name.replace(".mlp.", ".block_sparse_moe.")  # as transformers 5 names it in its own format
         # Derived tables that old checkpoints carry along.
         return name.endswith("rotary_emb.inv_freq") or self._table.load(name, tensor)
 
@@ -134,6 +136,7 @@ class Decoder(CausalLM):
         return self._table.missing()
 
     def finalize(self) -> None:
+        self._table.finish()
         self._head.finalize()
 
 
@@ -207,11 +210,21 @@ def _expert_names(style: str, prefix: str) -> ExpertNames:
     if style == "mixtral":
         block = f"{prefix}.block_sparse_moe"
         return ExpertNames(
-            f"{block}.gate", f"{block}.experts.{{e}}.w1", f"{block}.experts.{{e}}.w3", f"{block}.experts.{{e}}.w2"
+            router=f"{block}.gate",
+            gate=f"{block}.experts.{{e}}.w1",
+            up=f"{block}.experts.{{e}}.w3",
+            down=f"{block}.experts.{{e}}.w2",
+            stacked=f"{block}.experts",
         )
     block = f"{prefix}.mlp"
     expert = f"{block}.experts.{{e}}"
-    return ExpertNames(f"{block}.gate", f"{expert}.gate_proj", f"{expert}.up_proj", f"{expert}.down_proj")
+    return ExpertNames(
+        router=f"{block}.gate",
+        gate=f"{expert}.gate_proj",
+        up=f"{expert}.up_proj",
+        down=f"{expert}.down_proj",
+        stacked=f"{block}.experts",
+    )
 
 
 def decoder_spec(

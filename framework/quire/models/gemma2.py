@@ -11,7 +11,9 @@ from quire.models.decoder import DecoderConfig, decoder_spec
 
 def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a Gemma 2 config.json."""
-    settings = settings_of(config)
+    settings = settings_of(
+        config, num_key_value_heads=4, head_dim=256, attn_logit_softcapping=50.0, final_logit_softcapping=30.0
+    )
     settings.must_be("use_bidirectional_attention", False)
     num_layers = settings.get("num_hidden_layers", int)
     bias = settings.get("attention_bias", bool, False)

@@ -16,7 +16,7 @@ PATTERN = 6
 
 def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a Gemma 3 text config.json."""
-    settings = settings_of(config)
+    settings = settings_of(config, num_key_value_heads=4, head_dim=256)
     settings.must_be("use_bidirectional_attention", False)
     num_layers = settings.get("num_hidden_layers", int)
     bias = settings.get("attention_bias", bool, False)

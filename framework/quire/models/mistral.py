@@ -11,7 +11,7 @@ from quire.models.decoder import DecoderConfig, decoder_spec
 
 def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a Mistral config.json."""
-    settings = settings_of(config)
+    settings = settings_of(config, num_key_value_heads=8, sliding_window=4096)
     window = settings.optional("sliding_window", int)
     return base_config(settings, windows=(window,) * settings.get("num_hidden_layers", int))
 

@@ -12,7 +12,7 @@ from quire.models.decoder import DecoderConfig, decoder_spec
 
 def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a Mixtral config.json."""
-    settings = settings_of(config)
+    settings = settings_of(config, num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6)
     num_layers = settings.get("num_hidden_layers", int)
     sizes = ExpertSizes(
         num_experts=settings.get("num_local_experts", int),

@@ -22,7 +22,7 @@ def qwen_windows(settings: Settings) -> tuple[int | None, ...]:
 
 def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a Qwen2 config.json."""
-    settings = settings_of(config)
+    settings = settings_of(config, num_key_value_heads=32, sliding_window=4096, max_window_layers=28)
     return base_config(settings, qkv_bias=True, windows=qwen_windows(settings))
 
 

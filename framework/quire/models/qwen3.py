@@ -12,7 +12,7 @@ from quire.models.qwen2 import qwen_windows
 
 def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a Qwen3 config.json."""
-    settings = settings_of(config)
+    settings = settings_of(config, num_key_value_heads=32, head_dim=128, sliding_window=4096, max_window_layers=28)
     bias = settings.get("attention_bias", bool, False)
     return base_config(settings, qk_norm=True, qkv_bias=bias, out_bias=bias, windows=qwen_windows(settings))
 

@@ -14,7 +14,7 @@ from quire.models.settings import Settings
 
 def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a Qwen3-MoE config.json."""
-    settings = settings_of(config)
+    settings = settings_of(config, num_key_value_heads=4, sliding_window=4096, max_window_layers=28)
     bias = settings.get("attention_bias", bool, False)
     sizes = ExpertSizes(
         # transformers 5 writes the second name.

@@ -7,10 +7,11 @@ from typing import Any, TypeVar, cast
 
 from quire.contract.ops import Activation
 from quire.errors import UnsupportedModel
-from quire.layers.rotary import KNOWN, RopeConfig
+from quire.layers.rotary import RopeConfig
 
 T = TypeVar("T")
 REQUIRED: Any = object()
+LAYER_TYPES = ("full_attention", "sliding_attention")
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -21,10 +22,14 @@ ACTIVATIONS: Mapping[str, Activation] = {
 
 
 class Settings:
-    """A config.json."""
+    """A config.json.
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self._config = config
+    `defaults` are the family's values, as transformers has them, for keys that the file leaves out; a
+    key that is there as null is null.
+    """
+
+    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+        self._config = {**(defaults or {}), **config}
 
     def get(self, key: str, kind: type[T], default: T = REQUIRED) -> T:
         """The key's value. Raises UnsupportedModel if it has another type, or is missing without a default."""
@@ -56,30 +61,51 @@ class Settings:
         if value is not None and value not in allowed:
             raise UnsupportedModel(f"config.json has {key!r} = {value!r}; supported are {list(allowed)}")
 
-    def rope(self, head_dim: int, *, theta: float = 10000.0, layer_type: str | None = None) -> RopeConfig:
-        """Rotary settings, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
+    def rope(
+        self,
+        head_dim: int,
+        *,
+        theta: float = 10000.0,
+        layer_type: str | None = None,
+        partial: bool = False,
+        renamed: Mapping[str, str] | None = None,
+    ) -> RopeConfig:
+        """Rotary settings, from `rope_parameters` or the older `rope_theta` and `rope_scaling`.
+
+        `partial`: the family turns a part of each head if `partial_rotary_factor` says so.
+        `renamed`: older names of scalings. Raises UnsupportedModel.
+        """
         parameters = dict(cast(Mapping[str, Any], self._config.get("rope_parameters") or {}))
         if layer_type is not None and layer_type in parameters:
             parameters = dict(parameters[layer_type] or {})
         if not parameters:
             parameters = dict(cast(Mapping[str, Any], self._config.get("rope_scaling") or {}))
+        kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
+        parameters["rope_type"] = (renamed or {}).get(kind, kind)
         base = float(parameters.get("rope_theta") or self._config.get("rope_theta") or theta)
-        partial = parameters.get("partial_rotary_factor") or self._config.get("partial_rotary_factor") or 1.0
+        part = float(parameters.get("partial_rotary_factor") or self._config.get("partial_rotary_factor") or 1.0)
+        if part != 1.0 and not partial:
+            raise UnsupportedModel(f"config.json has 'partial_rotary_factor' = {part}; this family turns whole heads")
         positions = self.get("max_position_embeddings", int)
-        original = self._config.get("original_max_position_embeddings") or positions
-        rope = RopeConfig(head_dim, int(head_dim * float(partial)), base, parameters, positions, int(original))
-        if rope.kind not in KNOWN:
-            raise UnsupportedModel(f"config.json has rope type {rope.kind!r}; known are {list(KNOWN)}")
-        return rope
+        name = "original_max_position_embeddings"
+        # The outer one counts first, as in transformers: Phi-3 has both.
+        original = int(self._config.get(name) or parameters.get(name) or positions)
+        return RopeConfig(head_dim, int(head_dim * part), base, parameters, positions, original)
 
     def head_dim(self) -> int:
         """`head_dim`, or the hidden size divided among the heads."""
         return self.optional("head_dim", int) or self.get("hidden_size", int) // self.get("num_attention_heads", int)
 
     def layer_types(self) -> tuple[str, ...] | None:
-        """`layer_types`, one per layer, if the checkpoint names them."""
+        """`layer_types`, one per layer, if the checkpoint names them. Raises UnsupportedModel for other types."""
         types = self._config.get("layer_types")
-        return tuple(types) if types else None
+        if not types:
+            return None
+        if other := sorted({str(kind) for kind in types} - set(LAYER_TYPES)):
+            raise UnsupportedModel(f"config.json has 'layer_types' with {other}; supported are {list(LAYER_TYPES)}")
+        if len(types) != (count := self.get("num_hidden_layers", int)):
+            raise UnsupportedModel(f"config.json has {len(types)} 'layer_types' for {count} layers")
+        return tuple(types)
 
     def tied(self, default: bool) -> bool:
         """`tie_word_embeddings`."""
