@@ -36,7 +36,7 @@ def make_checkpoint(folder: Path, layers: int) -> None:
     """Random bfloat16 weights in Qwen3-0.6B's shape, with a tokenizer."""
     import torch
     from quire.testing.tiny_models import save_byte_tokenizer
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen3Config
 
     torch.manual_seed(0)
     config = Qwen3Config(
@@ -51,14 +51,7 @@ def make_checkpoint(folder: Path, layers: int) -> None:
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
     )
-    with torch.device("meta"):
-        model = Qwen3ForCausalLM(config).to(torch.bfloat16)
-    model = model.to_empty(device="cpu")
-    model.tie_weights()
-    for name, parameter in model.named_parameters():
-        parameter.data.normal_(0, 0.02) if parameter.ndim == 2 else parameter.data.fill_(1.0)
-        assert name
-    model.save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     save_byte_tokenizer(folder)
 
 

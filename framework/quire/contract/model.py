@@ -55,6 +55,10 @@ class LayerFactory(ABC):
         """The quantized form of a linear layer, or None if it is stored unquantized."""
 
 
+def no_stored_rows(name: str) -> None:
+    """Weights that come from elsewhere than files."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInit:
     """All that a model is built from.
@@ -67,6 +71,9 @@ class ModelInit:
         layers: where operations and quantized layers come from.
         deterministic: rows must not depend on their neighbours.
         checkpoint: folder of the checkpoint, for models that read more than tensors.
+        stored_rows: for a stored matrix [N, M], by its checkpoint name: a function from indices int64 [T] on the
+            host to its rows [T, M] in the stored dtype, read from the file at each call; None where it cannot be
+            read so. For tables that are too large to be kept for a few rows per step.
     """
 
     config: Any
@@ -76,6 +83,7 @@ class ModelInit:
     layers: LayerFactory
     deterministic: bool = False
     checkpoint: str = ""
+    stored_rows: Callable[[str], Callable[[Tensor], Tensor] | None] = no_stored_rows
 
 
 class CausalLM(nn.Module, ABC):

@@ -105,6 +105,7 @@ def build_model(config: ResolvedConfig, host: PluginHost, progress: Progress | N
         layers=layers,
         deterministic=config.config.deterministic,
         checkpoint=str(config.checkpoint.folder),
+        stored_rows=config.checkpoint.stored_rows,
     )
     return load_model(config.checkpoint, config.spec, init, progress or TerminalProgress())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -11,6 +13,9 @@ from quire.contract.ops import Activation, GatedActSpec, LinearSpec, RMSNormSpec
 from quire.layers.linear import Linear, Source
 from quire.layers.weights import WeightTable
 
+LARGE_TABLE = 64 * 1024 * 1024
+"""Bytes from which on an embedding that is held twice is worth a read from the file per token."""
+
 
 class Embedding:
     """Token ids int64 [T] -> [T, hidden_size], times a constant for families that scale it."""
@@ -18,10 +23,21 @@ class Embedding:
     def __init__(self, init: ModelInit, table: WeightTable, name: str, vocab_size: int, hidden_size: int) -> None:
         self.weight = torch.empty(0)
         self._init = init
-        table.expect(f"{name}.weight", (vocab_size, hidden_size), self._take)
+        self._name = f"{name}.weight"
+        self._read_rows: Callable[[Tensor], Tensor] | None = None
+        table.expect(self._name, (vocab_size, hidden_size), self._take)
 
     def __call__(self, input_ids: Tensor) -> Tensor:
+        if self._read_rows is not None:
+            return self._read_rows(input_ids).to(self._init.dtype)
         return functional.embedding(input_ids, self.weight)
+
+    def keep_in_file(self) -> None:
+        """Let go of the table where that saves much: a step needs a few rows, which the checkpoint's file has."""
+        if self._init.device.type == "cpu" and self.weight.nbytes >= LARGE_TABLE:
+            self._read_rows = self._init.stored_rows(self._name)
+        if self._read_rows is not None:
+            self.weight = torch.empty(0)
 
     def _take(self, tensor: Tensor) -> None:
         self.weight = tensor.to(self._init.device, self._init.dtype, copy=True)
@@ -49,8 +65,8 @@ class RMSNorm:
 class Head:
     """Hidden states -> logits float32 [R, V].
 
-    A tied head is the embedding's tensor, which costs nothing more where the op uses weights as they
-    are, and V·H elements again where it packs them into another form.
+    A tied head is the embedding's tensor, or what the op packs of it; a large embedding then stays in
+    the checkpoint's file, so that nothing is held twice.
     """
 
     def __init__(
@@ -75,6 +91,7 @@ class Head:
             same = self._stored is None or torch.equal(self._stored, self._tied.weight)
             self._state = self._op.pack(self._tied.weight if same else self._stored, None)
             self._stored = None
+            self._tied.keep_in_file()
 
     def _keep(self, tensor: Tensor) -> None:
         self._stored = tensor.to(self._init.device, self._init.dtype, copy=True)

@@ -14,6 +14,7 @@ import torch
 from quire.config import special_variable
 from quire.errors import ConfigError, ModelNotFound, UnsupportedModel
 from quire.loader.files import StoredTensor, index_tensors
+from quire.loader.rows import StoredRows, can_read_rows
 
 BUNDLED = "quire-tiny"
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt")
@@ -57,6 +58,11 @@ class Checkpoint:
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    def stored_rows(self, name: str) -> StoredRows | None:
+        """What reads rows of that matrix from its file; None if nothing can. Raises KeyError for a name unknown."""
+        stored = self.tensors[name]
+        return StoredRows(stored) if can_read_rows(stored) else None
 
 
 def bundled_folder() -> Path:

@@ -43,11 +43,12 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor is stored."""
+    """Where a tensor is stored: `offset` counts bytes from the start of the file."""
 
     path: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    offset: int
 
     @property
     def num_bytes(self) -> int:
@@ -111,7 +112,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         header: dict[str, Any] = json.loads(raw, object_pairs_hook=_no_duplicates)
         header.pop("__metadata__", None)
-        return {name: _stored(path, name, entry) for name, entry in header.items()}
+        return {name: _stored(path, name, entry, 8 + size) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"the header of {path} is damaged: {error}", remedy="fetch it again") from error
 
@@ -155,10 +156,11 @@ def _looks_like_header(start: bytes, path: Path) -> bool:
         return file.read(9)[8:] == b"{" and int.from_bytes(start, "little") <= MAX_HEADER
 
 
-def _stored(path: Path, name: str, entry: Mapping[str, Any]) -> StoredTensor:
+def _stored(path: Path, name: str, entry: Mapping[str, Any], data_start: int) -> StoredTensor:
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"tensor {name!r} has dtype {entry['dtype']!r}; known are {sorted(DTYPES)}")
-    return StoredTensor(path, tuple(int(size) for size in entry["shape"]), DTYPES[entry["dtype"]])
+    shape = tuple(int(size) for size in entry["shape"])
+    return StoredTensor(path, shape, DTYPES[entry["dtype"]], data_start + int(entry["data_offsets"][0]))
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class ModelConformance:
         device = torch.device("cpu")
         layers = PluginLayers([("ops", parts[1](OpInit(device, 256)))], {})
         config = spec.config_from_hf(checkpoint.config)
-        init = ModelInit(config, device, dtype, MAX_LEN, layers, deterministic, str(folder))
+        init = ModelInit(config, device, dtype, MAX_LEN, layers, deterministic, str(folder), checkpoint.stored_rows)
         model = load_model(checkpoint, spec, init)
         attention = AttentionInit(
             device, dtype, model.attention_layers, BLOCK_SIZE, 8, 256, MAX_LEN // BLOCK_SIZE, deterministic
