@@ -63,7 +63,7 @@ class SamplingParams(BaseModel):
     ignore_eos: bool = False
     """Do not stop at the model's own end tokens."""
     include_stop_str_in_output: bool = False
-    """Keep the stop string in the text."""
+    """Keep the stop string, or the text of the token that ended the output, in the text."""
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     """Return the sampled token's log probability and this many of the most likely ones."""
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)

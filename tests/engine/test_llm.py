@@ -104,11 +104,15 @@ def test_stop_strings_tokens_and_min_tokens(llm):
     (free,) = generate(llm, "tell me", SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
     tokens, text = free.outputs[0].token_ids, free.outputs[0].text
     third = tokens[2]
-    stopped = generate(llm, "tell me", SamplingParams(temperature=0, max_tokens=20, stop_token_ids=[third]))[0].outputs[
-        0
-    ]
-    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", third)
-    assert stopped.token_ids == tokens[: tokens.index(third) + 1]
+    at = tokens.index(third)
+    for include in (False, True):
+        params = SamplingParams(
+            temperature=0, max_tokens=20, stop_token_ids=[third], include_stop_str_in_output=include
+        )
+        stopped = generate(llm, "tell me", params)[0].outputs[0]
+        assert (stopped.finish_reason, stopped.stop_reason) == ("stop", third)
+        assert stopped.token_ids == tokens[: at + 1]
+        assert stopped.text == llm.engine.parts.tokenizer.decode(tokens[: at + include], skip_special_tokens=True)
     piece = text[3:5]
     by_text = generate(llm, "tell me", SamplingParams(temperature=0, max_tokens=20, stop=piece, ignore_eos=True))[
         0

@@ -84,7 +84,9 @@ class Emission:
         group = sequence.group
         group.num_cached_tokens = max(group.num_cached_tokens, request.num_cached_tokens, 0)
         reason = request.finish_reason
-        piece = sequence.detokenizer.update(update.new_token_ids, finished=reason is not None)
+        piece = sequence.detokenizer.update(
+            update.new_token_ids, finished=reason is not None, stopped=reason is FinishReason.STOP
+        )
         count = len(update.new_token_ids) if piece.num_tokens is None else piece.num_tokens
         delta = OutputDelta(
             group.request_id,

@@ -42,10 +42,15 @@ class IncrementalDetokenizer:
         self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
         self._num_tokens = 0
 
-    def update(self, token_ids: Sequence[int], *, finished: bool) -> Piece:
-        """Take new tokens; with `finished`, held-back text comes out too."""
+    def update(self, token_ids: Sequence[int], *, finished: bool, stopped: bool = False) -> Piece:
+        """Take new tokens; with `finished`, held-back text comes out too.
+
+        `stopped`: the last token ended the sequence, whose text it is part of only if stop strings are.
+        """
         if not self._params.detokenize:
             return Piece()
+        if stopped and not self._params.include_stop_str_in_output:
+            token_ids = token_ids[:-1]
         text = ""
         for count, token in enumerate(token_ids, start=1):
             self._num_tokens += 1
