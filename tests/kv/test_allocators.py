@@ -77,6 +77,21 @@ def test_radix_ignores_parts_that_do_not_pay():
     assert allocator.match_prefix(PrefixQuery([*range(12), 90])).num_tokens == 8
 
 
+PROMPT = st.lists(st.integers(0, 2), min_size=1, max_size=9)
+
+
+@given(prompts=st.lists(PROMPT, min_size=1, max_size=12), asked=PROMPT)
+@settings(max_examples=150, deadline=None)
+def test_radix_finds_the_longest_prefix_there_is(prompts, asked):
+    allocator = radix(num_blocks=80, block_size=4, min_partial=1)
+    for number, prompt in enumerate(prompts):
+        KVAllocatorConformance.run(allocator, str(number), prompt)
+        allocator.free(str(number))
+    longest = max(n for prompt in prompts for n in range(len(asked) + 1) if prompt[:n] == asked[:n])
+    assert allocator.match_prefix(PrefixQuery(asked)).num_tokens == longest
+    allocator.check()
+
+
 def test_radix_salts_do_not_pile_up():
     allocator = radix(num_blocks=4)
     for index in range(20):

@@ -7,6 +7,7 @@ A request's last, partly filled block is kept as a leaf, so the next turn of a c
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -41,8 +42,31 @@ class _Node:
     tokens: tuple[int, ...]
     parent: _Node | None
     children: dict[tuple[int, ...], _Node] = field(default_factory=dict)
+    ordered: list[tuple[int, ...]] = field(default_factory=list)
+    """The keys of `children` in lexical order, for `closest`."""
     salt: str = ""
     """Of a root: the salt of its tree."""
+
+    def add(self, child: _Node) -> None:
+        self.children[child.tokens] = child
+        bisect.insort(self.ordered, child.tokens)
+
+    def remove(self, child: _Node) -> None:
+        del self.children[child.tokens]
+        del self.ordered[bisect.bisect_left(self.ordered, child.tokens)]
+
+    def closest(self, tokens: tuple[int, ...]) -> tuple[_Node | None, int]:
+        """The child that shares the longest prefix with `tokens`, and its length.
+
+        In lexical order it stands next to where `tokens` would: what lies between two sequences shares
+        with either at least what they share with each other.
+        """
+        at = bisect.bisect_left(self.ordered, tokens)
+        near = self.ordered[max(0, at - 1) : at + 1]
+        if not near:
+            return None, 0
+        best = max(near, key=lambda key: _common_prefix(key, tokens))
+        return self.children[best], _common_prefix(best, tokens)
 
 
 class RadixIndex(PrefixIndex):
@@ -65,7 +89,7 @@ class RadixIndex(PrefixIndex):
             blocks.append(child.block)
             node, start = child, start + size
         if node is not None:
-            best, length = _closest(node, tuple(query.token_ids[start : start + size]))
+            best, length = node.closest(tuple(query.token_ids[start : start + size]))
             if best is not None and length >= self._min_partial:
                 blocks.append(best.block)
                 start += length
@@ -91,7 +115,7 @@ class RadixIndex(PrefixIndex):
         if node is None:
             return []
         if node.parent is not None:
-            node.parent.children.pop(node.tokens, None)
+            node.parent.remove(node)
             if node.parent.block == -1 and not node.parent.children:
                 del self._roots[node.parent.salt]
         return self._cut(node)
@@ -114,6 +138,7 @@ class RadixIndex(PrefixIndex):
             assert node.parent is not None, "an inner node has no parent"
             assert node.parent.children.get(node.tokens) is node, "a node is not its parent's child"
             assert len(node.tokens) == self._block_size or not node.children, "a partial block has children"
+            assert node.ordered == sorted(node.children), "the order of a node's children is wrong"
             seen[node.block] = node
             stack.extend(node.children.values())
         assert seen == self._node_of, "the tree and its index differ"
@@ -135,7 +160,8 @@ class RadixIndex(PrefixIndex):
                 return None
             if parent.block == -1:
                 self._roots[parent.salt] = parent
-            child = parent.children[tokens] = self._node_of[block] = _Node(block, tokens, parent)
+            child = self._node_of[block] = _Node(block, tokens, parent)
+            parent.add(child)
         return child
 
     def _is_gone(self, node: _Node) -> bool:
@@ -148,21 +174,12 @@ class RadixIndex(PrefixIndex):
             node = stack.pop()
             stack.extend(node.children.values())
             node.children.clear()
+            node.ordered.clear()
             node.parent = None
             del self._node_of[node.block]
             if self.unpark(node.block):
                 worthless.append(node.block)
         return worthless
-
-
-def _closest(node: _Node, tokens: tuple[int, ...]) -> tuple[_Node | None, int]:
-    """The child that shares the longest prefix with `tokens`, and its length."""
-    best, length = None, 0
-    for child in node.children.values():
-        shared = _common_prefix(child.tokens, tokens)
-        if shared > length:
-            best, length = child, shared
-    return best, length
 
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
