@@ -120,6 +120,11 @@ def test_a_plugin_in_a_file(quire, plugin_file):
     assert quire("greet", "you").exit_code == 2
 
 
+def test_help_lists_the_commands_that_the_options_before_it_leave(quire, plugin_file):
+    assert "Greet." in quire("--plugin", plugin_file, "--help").stdout
+    assert "Greet." not in quire("--plugin", plugin_file, "-p", f"no:{plugin_file.stem}", "--help").stdout
+
+
 def test_a_plugin_that_fails_to_add_commands_is_passed_over(quire, tmp_path, plugin_file):
     import sys
 

@@ -61,6 +61,23 @@ def test_written_plugin(tmp_path):
     run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "test_dense.py", cwd=tmp_path)
 
 
+def test_hooks_as_the_reference_writes_them(tmp_path):
+    """One plugin of all of them loads where a misspelt or wrongly declared hook is an error."""
+    hooks = [text for language, text in blocks(ROOT / "docs" / "reference" / "hooks.md") if language == "python"]
+    assert len(hooks) >= 5
+    header = "from __future__ import annotations\nfrom quire.plugin import hookimpl\n"
+    (tmp_path / "all_hooks.py").write_text(
+        header + "\n".join(hooks).replace("Iterable[Provider]: ...", "Iterable[Provider]: return []")
+    )
+    shown = run(
+        "-m", "quire.cli", "--strict-plugins", "--plugin", "all_hooks.py", "plugins", "list", "--json", cwd=tmp_path
+    )
+    assert "all_hooks" in shown
+    (tmp_path / "misspelt.py").write_text(header + hooks[0].replace("def quire_", "def quire_x_"))
+    with pytest.raises(AssertionError, match="quire_x_"):
+        run("-m", "quire.cli", "--strict-plugins", "--plugin", "misspelt.py", "plugins", "list", cwd=tmp_path)
+
+
 def quire_lines():
     found = []
     for page in PAGES:

@@ -122,17 +122,27 @@ app = typer.Typer(
 def root(
     context: typer.Context,
     p: Annotated[
-        list[str] | None, typer.Option("-p", metavar="no:NAME", callback=_blocked, help="Do not load a plugin.")
+        list[str] | None,
+        typer.Option("-p", metavar="no:NAME", callback=_blocked, is_eager=True, help="Do not load a plugin."),
     ] = None,
-    plugin: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Load a plugin from one file.")] = None,
+    plugin: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", is_eager=True, help="Load a plugin from one file.")
+    ] = None,
     strict_plugins: Annotated[
-        bool, typer.Option("--strict-plugins", help="A plugin that fails to load is an error.")
+        bool, typer.Option("--strict-plugins", is_eager=True, help="A plugin that fails to load is an error.")
     ] = False,
-    config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="YAML or TOML file.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Log everything; show a traceback on an error.")] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", metavar="FILE", is_eager=True, help="YAML or TOML file.")
+    ] = None,
+    debug: Annotated[
+        bool, typer.Option("--debug", is_eager=True, help="Log everything; show a traceback on an error.")
+    ] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="And exit.")] = False,
 ) -> None:
-    """Keep the global options for the subcommand."""
+    """Keep the global options for the subcommand.
+
+    They are eager, so that `--help` behind them lists the commands of the plugins that they leave.
+    """
     context.obj = Globals.of(context.params)
 
 
