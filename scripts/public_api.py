@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel
 
 SNAPSHOT = Path(__file__).resolve().parents[1] / "tests" / "architecture" / "public_api.txt"
-MODULES = ("quire", "quire.plugin")
+MODULES = ("quire", "quire.plugin", "quire.commands")
 
 
 def describe_all() -> str:

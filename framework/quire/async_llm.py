@@ -13,18 +13,20 @@ import queue
 import threading
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from quire.config import EngineConfig
+from quire.contract.metrics import MetricsSink
 from quire.engine.build import build_engine
+from quire.engine.chat import ChatFormat
 from quire.engine.engine import Engine
 from quire.engine.intake import Prompt, Submission
 from quire.errors import EngineDead, RequestError
 from quire.outputs import OutputDelta
-from quire.params import SamplingParams
+from quire.params import SamplingParams, sampling_defaults
 from quire.registry import PluginHost
 from quire.tokenizer import Tokenizer
 
@@ -52,7 +54,19 @@ class AsyncLLM:
         config: EngineConfig | None = None,
         **options: Any,
     ) -> None:
-        self._engine: Engine = build_engine(model, options, host=host, config=config)
+        self._begin(build_engine(model, options, host=host, config=config))
+
+    @classmethod
+    def over(cls, engine: Engine, sinks: Sequence[tuple[str, MetricsSink]] = ()) -> Self:
+        """Serve an engine that has been built; `sinks`: further metrics sinks, with their names."""
+        served = cls.__new__(cls)
+        for name, sink in sinks:
+            engine.parts.metrics.add(name, sink)
+        served._begin(engine)
+        return served
+
+    def _begin(self, engine: Engine) -> None:
+        self._engine = engine
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._dead: BaseException | None = None
@@ -69,6 +83,16 @@ class AsyncLLM:
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return self._engine.parts.tokenizer
+
+    @property
+    def chat(self) -> ChatFormat:
+        """Renders conversations, and parses answers."""
+        return self._engine.parts.chat
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """Fields of `SamplingParams` as the checkpoint asks for them where a request says nothing."""
+        return sampling_defaults(self._engine.parts.config.checkpoint.generation_config)
 
     def prepare(
         self,

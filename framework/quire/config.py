@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from quire.config_sections import Sections, foreign_sections, foreign_variables, is_foreign, merge
 from quire.config_values import Count, Names, describe, from_text, is_mapping, parse_yaml
 from quire.errors import ConfigError, PluginError
 from quire.host.suggest import suggest
@@ -110,10 +111,16 @@ class EngineConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Configured:
-    """A configuration, and per field where its value came from; fields left open are not in `origins`."""
+    """A configuration, and where it came from.
+
+    Attributes:
+        config: the values. origins: field -> source, for fields that were not left open.
+        sections: what was said in sections that plugins own, read by `PluginHost.section`.
+    """
 
     config: EngineConfig
     origins: Mapping[str, str] = field(default_factory=dict)
+    sections: Sections = field(default_factory=dict)
 
 
 def field_path(name: str) -> str:
@@ -121,6 +128,11 @@ def field_path(name: str) -> str:
     extra = EngineConfig.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
     return str(extra["path"])
+
+
+def core_sections() -> frozenset[str]:
+    """Names of the sections that hold the core's fields; all others are plugins'."""
+    return frozenset(path.split(".")[0] for path in field_paths())
 
 
 def field_paths() -> dict[str, str]:
@@ -155,11 +167,15 @@ def configure(
     Raises:
         ConfigError: an unknown key or a value that is not allowed; says where it came from.
     """
+    variables = os.environ if environment is None else environment
+    tree = read_tree(file) if file is not None else {}
     sources = (
-        (str(file), read_file(file) if file is not None else {}),
-        ("environment", from_env(os.environ if environment is None else environment)),
+        (str(file), _flatten(tree, str(file))),
+        ("environment", from_env(variables)),
         (origin, dict(options)),
     )
+    core = core_sections()
+    sections = merge(foreign_sections(tree, core), foreign_variables(variables, ENV_PREFIX, core))
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for source, values in sources:
@@ -170,7 +186,7 @@ def configure(
             raise ConfigError(where + error.message, remedy=error.remedy) from None
         merged.update(values)
         origins.update(dict.fromkeys(values, source))
-    return Configured(make_config(merged), origins)
+    return Configured(make_config(merged), origins, sections)
 
 
 def with_defaults(
@@ -200,11 +216,16 @@ def with_defaults(
             complain(plugin, problem)
             continue
         values[name], origins[name] = value, f"plugin {plugin}"
-    return Configured(make_config(values), origins)
+    return Configured(make_config(values), origins, configured.sections)
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Flat values of a YAML or TOML file. Raises ConfigError for an unknown key or a file that is neither."""
+    """Flat values of the core's sections of a YAML or TOML file. Raises ConfigError for an unknown key."""
+    return _flatten(read_tree(path), str(path))
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """A YAML or TOML file. Raises ConfigError if it is neither."""
     try:
         text = path.read_text(encoding="utf-8")
         tree = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
@@ -216,7 +237,7 @@ def read_file(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"the configuration {path} must be a mapping of sections", remedy="see `quire config init`")
-    return _flatten(tree, str(path))
+    return tree
 
 
 def from_env(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -230,6 +251,8 @@ def from_env(environment: Mapping[str, str]) -> dict[str, Any]:
     for variable in sorted(environment):
         text = environment[variable]
         if not variable.startswith(ENV_PREFIX) or (variable in SPECIAL_VARIABLES and variable != "QUIRE_PLUGINS"):
+            continue
+        if is_foreign(variable, ENV_PREFIX, core_sections()):
             continue
         if variable == "QUIRE_PLUGINS":
             values.setdefault("allowed_plugins", text)
@@ -275,6 +298,8 @@ def _flatten(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:
                 values[paths[path]] = value
             elif isinstance(value, Mapping) and any(known.startswith(f"{path}.") for known in paths):
                 walk(value, f"{path}.")
+            elif isinstance(value, Mapping) and not prefix:
+                continue  # a section that a plugin may own
             else:
                 raise ConfigError(f"{origin}: unknown key {path!r}", remedy=suggest(path, paths))
 

@@ -12,6 +12,7 @@ import pluggy
 
 if TYPE_CHECKING:
     import typer
+    from pydantic import BaseModel
 
     from quire.contract.metrics import StepStats
     from quire.contract.provider import Provider
@@ -33,6 +34,10 @@ class HookSpecs:
     @hookspec
     def quire_cli(self, app: typer.Typer) -> None:
         """Add subcommands to the `quire` program."""
+
+    @hookspec
+    def quire_config_sections(self) -> Mapping[str, type[BaseModel]]:  # type: ignore[empty-body]
+        """Return the sections of the configuration that this plugin owns: name -> pydantic model."""
 
     @hookspec
     def quire_config_defaults(self, config: Mapping[str, Any]) -> Mapping[str, Any]:  # type: ignore[empty-body]

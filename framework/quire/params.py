@@ -18,6 +18,8 @@ MAX_STOP_BYTES = 128
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_TOKEN_LIST = 1024
+MAX_SHOWN = 120
+"""Characters of a bad value that an error shows."""
 
 TokenId = Annotated[int, Field(ge=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -133,5 +135,20 @@ def _request_error(error: ValidationError) -> RequestError:
         )
     text = first["msg"].removeprefix("Value error, ")
     text = text[:1].lower() + text[1:]
-    value = f"{field} is {first['input']!r}: " if field else ""
+    value = f"{field} is {_short(first['input'])}: " if field else ""
     return RequestError(value + text, param=field)
+
+
+def _short(value: Any) -> str:
+    """The value as text; of a long one the beginning, for a caller sent it and has it."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's generation_config.json asks for where a request says nothing: greedy unless `do_sample`."""
+    if not generation_config.get("do_sample"):
+        return {"temperature": 0.0}
+    known = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    named = {name: generation_config[name] for name in known if generation_config.get(name) is not None}
+    return {"temperature": 1.0} | named

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pluggy
+from pydantic import BaseModel
 
 from quire.contract.provider import POINTS
 from quire.errors import ConfigError, PluginError
@@ -163,6 +164,23 @@ class PluginHost(Catalog):
             for field, value in values.items():
                 suggested.setdefault(str(field), (value, name))
         return suggested
+
+    def config_sections(self) -> dict[str, type[BaseModel]]:
+        """Section of the configuration -> the model that reads it. Of two owners the first loaded wins."""
+        found: dict[str, type[BaseModel]] = {}
+        for implementation in self._manager.hook.quire_config_sections.get_hookimpls():
+            name = implementation.plugin_name
+            try:
+                answer: Any = implementation.function()
+                given = dict(answer or {})
+            except Exception as error:
+                self.complain(name, f"quire_config_sections failed: {first_line(error)}")
+                continue
+            for section, model in given.items():
+                if section in found:
+                    self.complain(name, f"the configuration's section {section!r} belongs to another plugin")
+                found.setdefault(section, model)
+        return found
 
     def complain(self, plugin: str, problem: str) -> None:
         """Warn of a plugin that broke its contract after it was loaded; with `strict` raise PluginError."""

@@ -9,6 +9,8 @@ from tiny.words import CITIES, COLORS, JOBS, NAMES, THINGS
 
 MAX_FACTS = 40
 """Facts in the longest text: about 500 tokens."""
+MAX_QUESTIONS = 12
+"""Questions on one text in practice."""
 
 
 def recall(rng: random.Random) -> Sample:
@@ -17,14 +19,15 @@ def recall(rng: random.Random) -> Sample:
 
 
 def recall_turns(rng: random.Random) -> Sample:
-    """Several questions on one short text, every answer learnt: many look-ups per token, for practice only.
+    """Several questions on one text, every answer learnt: many look-ups per token, for practice only.
 
     A question that would be held out as a problem of its own is not asked.
     """
-    count = rng.randrange(2, 13)
+    count = min(MAX_FACTS, 2 + int(rng.expovariate(1 / 12)))
     facts = [_fact(rng, subject) for subject in rng.sample(NAMES, count)]
     asked = [fact for fact in facts if not Sample("recall", f"{fact[0]}{count}", (), "", "").is_held_out]
     rng.shuffle(asked)
+    del asked[MAX_QUESTIONS:]
     text = " ".join(fact[0] for fact in facts)
     if not asked:
         return recall(rng)

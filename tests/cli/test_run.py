@@ -14,12 +14,12 @@ import sys
 import pytest
 from quire.cli.app import app
 from quire.cli.chat import Chat, changed
-from quire.cli.run import names_a_model, start_params
+from quire.cli.run import names_a_model
 from quire.cli.talk import Talker, Writer, shown
 from quire.config import configure
 from quire.engine.build import engine_from
 from quire.errors import RequestError
-from quire.params import SamplingParams
+from quire.params import SamplingParams, sampling_defaults
 from quire.plugin import ReasoningDelta, TextDelta
 from quire.registry import build_host
 from typer.testing import CliRunner
@@ -36,7 +36,7 @@ def parts(chat_model):
 
 @pytest.fixture
 def talker(parts):
-    return Talker(*parts, SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True))
+    return Talker(parts[0], SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True))
 
 
 def quire(*arguments, **more):
@@ -210,13 +210,15 @@ def test_a_second_ctrl_c_during_an_answer_ends_the_program(talker, monkeypatch):
     talker.engine.fail("cleared by the test")
 
 
-def test_start_params_follow_the_checkpoint():
-    assert start_params({}, {}) == SamplingParams(temperature=0.0, max_tokens=None)
+def test_sampling_follows_the_checkpoint():
+    assert sampling_defaults({}) == {"temperature": 0.0}
     said = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": 3}
-    assert start_params(said, {"top_k": 5}) == SamplingParams(temperature=0.6, top_k=5, top_p=0.95, max_tokens=None)
-    assert start_params({"temperature": 0.6}, {}).temperature == 0.0
-    with pytest.raises(RequestError, match="temperature is -1"):
-        start_params({}, {"temperature": -1.0})
+    assert sampling_defaults(said) == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    assert sampling_defaults({"do_sample": True}) == {"temperature": 1.0}
+    assert sampling_defaults({"temperature": 0.6}) == {"temperature": 0.0}
+    refused = quire("run", "hello there", "--temperature", "-1")
+    assert refused.exit_code == 2
+    assert "temperature is -1" in refused.stderr
 
 
 def test_set_replaces_only_what_it_names():

@@ -163,7 +163,6 @@ def test_text_fields_take_text_literally(text, value):
     ("content", "cause", "remedy"),
     [
         ("engine: {max_model_length: 3}", "engine.max_model_length", "engine.max_model_len"),
-        ("engin: {seed: 3}", "engin", ""),
         ("engine: {kv_cache: {blocksize: 3}}", "engine.kv_cache.blocksize", "engine.kv_cache.block_size"),
         ("engine: {seed: -1}", "seed is -1", ""),
         ("engine: 3", "engine", ""),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ from quire.cli.talk import Talker
 from quire.engine.build import engine_from
 from quire.errors import RequestError
 from quire.loader.checkpoint import BUNDLED, HUB_ID
-from quire.params import SamplingParams
+from quire.params import SamplingParams, sampling_defaults
 
 SAMPLING = "Sampling"
 
@@ -62,8 +61,9 @@ def run(
     try:
         given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_tokens": max_tokens}
         generation = engine.parts.config.checkpoint.generation_config
-        params = start_params(generation, {name: value for name, value in given.items() if value is not None})
-        talker = Talker(engine, session.host, params, system=system, think=think, raw=raw, stats=stats)
+        chosen = {name: value for name, value in given.items() if value is not None}
+        params = SamplingParams(**({"max_tokens": None} | sampling_defaults(generation) | chosen))
+        talker = Talker(engine, params, system=system, think=think, raw=raw, stats=stats)
         if prompt is not None:
             answer = talker.ask(prompt)
             talker.finish_line()
@@ -78,13 +78,3 @@ def run(
 def names_a_model(text: str) -> bool:
     """Whether the text is a path, or could be a Hugging Face id."""
     return Path(text).exists() or text.startswith((".", "/", "~")) or HUB_ID.fullmatch(text) is not None
-
-
-def start_params(generation: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:
-    """Sampling as the checkpoint's generation_config.json asks for (greedy unless `do_sample`), flags over it."""
-    params: dict[str, Any] = {"temperature": 0.0, "max_tokens": None}
-    if generation.get("do_sample"):
-        params["temperature"] = 1.0
-        known = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        params |= {name: generation[name] for name in known if generation.get(name) is not None}
-    return SamplingParams(**(params | dict(given)))

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from pydantic import BaseModel
 
-from quire.config import Configured, configure, with_defaults
+from quire.config import Configured, configure, core_sections, with_defaults
+from quire.config_sections import check_sections, read_section
 from quire.registry import HostOptions, PluginHost, build_host
 
 
@@ -51,12 +53,19 @@ class Session:
     configured: Configured
     host: PluginHost
 
+    def section(self, name: str, **flags: Any) -> BaseModel:
+        """A section that a plugin owns, as its model; `flags` that are not None win. Raises ConfigError."""
+        given = {key: value for key, value in flags.items() if value is not None}
+        values = {**self.configured.sections.get(name, {}), **given}
+        return read_section(name, values, self.host.config_sections()[name])
+
 
 def open_session(context: typer.Context, options: Mapping[str, Any]) -> Session:
     """Merge flags, environment and file, load the plugins, add what they suggest. Raises ConfigError."""
     chosen: Globals = context.obj
     configured = configure(options, file=chosen.config, origin="flag")
     host = _host(chosen, configured)
+    check_sections(configured.sections, host.config_sections(), core_sections())
     suggested = host.config_defaults(configured.config.model_dump())
     return Session(with_defaults(configured, suggested, host.complain), host)
 

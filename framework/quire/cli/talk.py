@@ -17,15 +17,11 @@ from quire.engine.engine import Engine
 from quire.errors import EngineError
 from quire.outputs import OutputDelta
 from quire.params import SamplingParams
-from quire.parsers.auto import select_parser
-from quire.registry import PluginHost
+from quire.parsers.plain import PlainParser
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 """Characters that steer a terminal: a model's text must not move the cursor or ring the bell."""
-
-REASONING_OPENERS = ("<think>",)
-"""How a rendered prompt ends if the template has opened the reasoning part itself."""
 
 
 @dataclass(slots=True)
@@ -55,7 +51,7 @@ class Talker:
     """One conversation.
 
     Attributes:
-        engine: answers. host: where the output parser comes from.
+        engine: answers.
         params: sampling of the next answer.
         system: system message. think: whether to ask for reasoning; None: as the template does.
         raw: send the text as it is, without the template and without a memory.
@@ -64,7 +60,6 @@ class Talker:
     """
 
     engine: Engine
-    host: PluginHost
     params: SamplingParams
     system: str | None = None
     think: bool | None = None
@@ -107,20 +102,16 @@ class Talker:
         self.last = None
 
     def _prompt(self, messages: Sequence[dict[str, Any]], text: str) -> tuple[str | list[int], OutputParser]:
-        tokenizer = self.engine.parts.tokenizer
-        wanted = self.engine.parts.config.config.output_parser
-        template = None if self.raw else tokenizer.chat_template
-        choice = select_parser(self.host, wanted, template)
-        options = self.host.options_for(choice.provider, self.engine.parts.config.config.plugin_options)
-        if self.raw or (template is None and not self.messages and self.system is None):
-            return text, choice.target(ParserInit(options=options))
+        chat = self.engine.parts.chat
+        has_template = chat.tokenizer.chat_template is not None
+        if self.raw:
+            return text, PlainParser(ParserInit())
+        if not has_template and not self.messages and self.system is None:
+            return text, chat.new_parser()
         full = [{"role": "system", "content": self.system}, *messages] if self.system is not None else list(messages)
         arguments: dict[str, Any] = {} if self.think is None else {"enable_thinking": self.think}
-        rendered = tokenizer.render_chat(full, **arguments)
-        opened = rendered.rstrip().endswith(REASONING_OPENERS)
-        return tokenizer.apply_chat_template(full, **arguments), choice.target(
-            ParserInit(in_reasoning=opened, options=options)
-        )
+        prompt = chat.prompt(full, **arguments)
+        return list(prompt.token_ids), chat.new_parser(in_reasoning=prompt.in_reasoning)
 
     def _answer(self, prompt: str | list[int], parser: OutputParser) -> Answer:
         answer, writer, started = Answer(), Writer(), time.perf_counter()

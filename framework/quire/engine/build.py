@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from quire.config import Configured, EngineConfig, configure, with_defaults
+from quire.config import Configured, EngineConfig, configure, core_sections, with_defaults
+from quire.config_sections import check_sections
 from quire.contract.attention import AttentionBackend, AttentionInit
 from quire.contract.executor import Executor, ExecutorInit
 from quire.contract.kv import KVAllocator, KVInit
@@ -17,6 +18,7 @@ from quire.contract.ops import OpInit
 from quire.contract.quant import QuantInit, QuantMethod
 from quire.contract.sampling import SamplerInit
 from quire.contract.scheduling import PolicyInit, Scheduler, SchedulerInit
+from quire.engine.chat import ChatFormat
 from quire.engine.engine import Engine, EngineParts
 from quire.engine.intake import Intake, IntakeLimits
 from quire.engine.memory import num_kv_blocks
@@ -27,6 +29,7 @@ from quire.layers.factory import PluginLayers
 from quire.loader.checkpoint import resolve_checkpoint
 from quire.loader.load import load_model
 from quire.loader.progress import Progress, TerminalProgress
+from quire.parsers.auto import select_parser
 from quire.registry import HostOptions, PluginHost, Selection, build_host
 from quire.resolve import ResolvedConfig, resolve
 from quire.sampling.pipeline import SamplingPipeline, validate_params
@@ -63,6 +66,7 @@ def host_for(config: EngineConfig) -> PluginHost:
 
 def engine_from(configured: Configured, host: PluginHost) -> Engine:
     """An engine from a configuration and loaded plugins."""
+    check_sections(configured.sections, host.config_sections(), core_sections())
     configured = with_defaults(configured, host.config_defaults(configured.config.model_dump()), host.complain)
     checkpoint = resolve_checkpoint(configured.config.model, configured.config.revision)
     resolved = resolve(configured, host, checkpoint)
@@ -177,9 +181,15 @@ def _parts(
         tokenizer=tokenizer,
         intake=Intake(tokenizer, _limits(config, tokenizer), clock),
         metrics=Metrics(sinks, clock),
+        chat=_chat_format(config, host, tokenizer),
         on_step=_step_hook(host),
         num_kv_blocks=blocks,
     )
+
+
+def _chat_format(config: ResolvedConfig, host: PluginHost, tokenizer: Tokenizer) -> ChatFormat:
+    choice = select_parser(host, config.config.output_parser, tokenizer.chat_template)
+    return ChatFormat(tokenizer, choice.target, _options(config, host, choice))
 
 
 def _limits(config: ResolvedConfig, tokenizer: Tokenizer) -> IntakeLimits:

@@ -17,6 +17,7 @@ from quire.contract.kv import KVAllocator, KVStats
 from quire.contract.metrics import StepStats
 from quire.contract.request import FinishReason, Request, RowResult, Schedule, StepResult
 from quire.contract.scheduling import Scheduler, SchedulerStats
+from quire.engine.chat import ChatFormat
 from quire.engine.emission import Emission
 from quire.engine.intake import Intake, Prompt, Submission
 from quire.engine.metrics import Metrics, StepTimes, step_stats
@@ -43,6 +44,7 @@ class EngineParts:
     tokenizer: Tokenizer
     intake: Intake
     metrics: Metrics
+    chat: ChatFormat
     on_step: Callable[[StepStats], None] | None
     num_kv_blocks: int
 

@@ -37,6 +37,10 @@ class Metrics:
         self._started: dict[str, float] = {}
         self._first_token: dict[str, float] = {}
 
+    def add(self, name: str, sink: MetricsSink) -> None:
+        """Feed one more sink from now on."""
+        self._sinks.append(_Muted(sink, name))
+
     def step(self, stats: StepStats) -> None:
         """A step has ended."""
         for entry in self._sinks:

@@ -1,0 +1,37 @@
+"""The door for plugins' subcommands: flags of the engine, the session that they open, and where to write.
+
+@hookimpl
+def quire_cli(app):
+    @app.command()
+    @engine_flags("model")
+    def serve(context: typer.Context, options: dict[str, Any], model: str | None = None) -> None:
+        session = open_session(context, options | ({"model": model} if model else {}))
+        engine = start_engine(session)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quire.async_llm import AsyncLLM
+from quire.cli.console import note, print_table
+from quire.cli.flags import engine_flags
+from quire.cli.session import Session, open_session
+from quire.contract.metrics import MetricsSink
+from quire.engine.build import engine_from
+from quire.loader.checkpoint import BUNDLED
+
+__all__ = ["BUNDLED", "Session", "engine_flags", "note", "open_session", "print_table", "start_engine"]
+
+
+def start_engine(session: Session, sinks: Sequence[tuple[str, MetricsSink]] = ()) -> AsyncLLM:
+    """Load the session's model and start its engine in a thread of its own.
+
+    Args:
+        session: what `open_session` returned.
+        sinks: (name, metrics sink) that the engine feeds beside the configured ones.
+
+    Raises:
+        ConfigError: the configuration cannot be run; the message says why and what to do.
+    """
+    return AsyncLLM.over(engine_from(session.configured, session.host), sinks)
