@@ -2,6 +2,7 @@
 
 from quire.async_llm import AsyncLLM
 from quire.config import EngineConfig
+from quire.engine.intake import Submission
 from quire.errors import (
     ConfigError,
     EngineDead,
@@ -14,7 +15,7 @@ from quire.errors import (
     UnsupportedModel,
 )
 from quire.llm import LLM
-from quire.outputs import CompletionOutput, Logprob, OutputDelta, RequestOutput
+from quire.outputs import CompletionOutput, Logprob, OutputDelta, PositionLogprobs, RequestOutput
 from quire.params import SamplingParams
 from quire.version import __version__
 
@@ -31,10 +32,12 @@ __all__ = [
     "OutOfMemory",
     "OutputDelta",
     "PluginError",
+    "PositionLogprobs",
     "QuireError",
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "Submission",
     "UnsupportedModel",
     "__version__",
 ]

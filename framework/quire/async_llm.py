@@ -13,7 +13,7 @@ import queue
 import threading
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
@@ -25,6 +25,7 @@ from quire.engine.chat import ChatFormat
 from quire.engine.engine import Engine
 from quire.engine.intake import Prompt, Submission
 from quire.errors import EngineDead, RequestError
+from quire.facade import EngineFacade
 from quire.outputs import OutputDelta
 from quire.params import SamplingParams, sampling_defaults
 from quire.registry import PluginHost
@@ -90,6 +91,15 @@ class AsyncLLM:
         return self._engine.parts.chat
 
     @property
+    def info(self) -> EngineFacade:
+        """What serves, and how much it can hold."""
+        return self._engine.info()
+
+    def resolved_config(self) -> dict[str, Any]:
+        """Every field of the configuration, decided; secrets are masked."""
+        return self._engine.parts.config.to_dict()
+
+    @property
     def sampling_defaults(self) -> dict[str, Any]:
         """Fields of `SamplingParams` as the checkpoint asks for them where a request says nothing."""
         return sampling_defaults(self._engine.parts.config.checkpoint.generation_config)
@@ -121,7 +131,7 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
-    ) -> AsyncIterator[OutputDelta]:
+    ) -> AsyncGenerator[OutputDelta]:
         """Yield a request's deltas; exactly one has `finished` set, and it is the last.
 
         Cancelling the task, or leaving the loop, aborts the request within one step.
@@ -135,7 +145,7 @@ class AsyncLLM:
         async for delta in self.submit(submission):
             yield delta
 
-    async def submit(self, submission: Submission) -> AsyncIterator[OutputDelta]:
+    async def submit(self, submission: Submission) -> AsyncGenerator[OutputDelta]:
         """As `stream`, for a request that `prepare` returned."""
         self._check_alive()
         key = submission.request_id

@@ -24,7 +24,6 @@ from quire.engine.intake import Intake, IntakeLimits
 from quire.engine.memory import num_kv_blocks
 from quire.engine.metrics import Metrics
 from quire.errors import ConfigError
-from quire.facade import EngineFacade
 from quire.layers.factory import PluginLayers
 from quire.loader.checkpoint import resolve_checkpoint
 from quire.loader.load import load_model
@@ -77,7 +76,7 @@ def engine_from(configured: Configured, host: PluginHost) -> Engine:
     blocks = num_kv_blocks(resolved, budget)
     executor.allocate_kv(blocks)
     engine = Engine(_parts(resolved, host, tokenizer, executor, blocks))
-    host.notify("quire_on_engine_start", engine=_facade(resolved, blocks))
+    host.notify("quire_on_engine_start", engine=engine.info())
     return engine
 
 
@@ -235,13 +234,3 @@ def _construct(config: ResolvedConfig, host: PluginHost, point: str, init: Calla
 
 def _options(config: ResolvedConfig, host: PluginHost, choice: Selection) -> Any:
     return host.options_for(choice.provider, config.config.plugin_options)
-
-
-def _facade(config: ResolvedConfig, blocks: int) -> EngineFacade:
-    return EngineFacade(
-        model=config.checkpoint.name,
-        max_model_len=config.max_model_len,
-        num_kv_blocks=blocks,
-        block_size=config.block_size,
-        selected={point: choice.provider.name for point, choice in config.selected.items()},
-    )

@@ -22,6 +22,7 @@ from quire.engine.emission import Emission
 from quire.engine.intake import Intake, Prompt, Submission
 from quire.engine.metrics import Metrics, StepTimes, step_stats
 from quire.errors import EngineDead, RequestError
+from quire.facade import EngineFacade
 from quire.outputs import OutputDelta
 from quire.params import SamplingParams
 from quire.resolve import ResolvedConfig
@@ -114,6 +115,17 @@ class Engine:
             for request_id in self._emission.live_ids()
             for delta in self._end(request_id, FinishReason.ERROR, error)
         ]
+
+    def info(self) -> EngineFacade:
+        """What serves, and how much it can hold."""
+        config = self.parts.config
+        return EngineFacade(
+            model=config.checkpoint.name,
+            max_model_len=config.max_model_len,
+            num_kv_blocks=self.parts.num_kv_blocks,
+            block_size=config.block_size,
+            selected={point: choice.provider.name for point, choice in config.selected.items()},
+        )
 
     def kv_stats(self) -> KVStats:
         """The KV pool's snapshot."""

@@ -1,0 +1,96 @@
+"""The ASGI application over one served model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from quire import QuireError, __version__
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from quire_server.errors import ApiError, as_api_error
+from quire_server.middleware import ApiKey, BodyLimit, RequestId, answer
+from quire_server.routes import openai, operations
+from quire_server.state import ServerState
+
+MAX_SHOWN = 120
+"""Characters of a bad value that an error shows."""
+
+
+def create_app(state: ServerState) -> FastAPI:
+    """Routes, error handlers and middleware around a served model. Raises OSError for an unreadable key file."""
+    app = FastAPI(title="Quire", version=__version__, docs_url=None, redoc_url=None)
+    app.state.server = state
+    app.include_router(openai.router)
+    app.include_router(operations.router)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(QuireError, _api_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _api_error)
+    # The last one added is the first to see a request.
+    app.add_middleware(BodyLimit, limit=state.settings.max_body)
+    app.add_middleware(ApiKey, keys=state.settings.all_keys())
+    if state.settings.cors_origins:
+        origins = list(state.settings.cors_origins)
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(RequestId, settings=state.settings)
+    return app
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    return answer(as_api_error(error))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """The framework's own answers: unknown paths and wrong methods."""
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path[:MAX_SHOWN]}"
+    if error.status_code == 404:
+        return answer(ApiError(404, f"Invalid URL ({where})", code="unknown_url"))
+    if error.status_code == 405:
+        return answer(ApiError(405, f"Not allowed: {where}", code="method_not_supported", headers=_headers(error)))
+    return answer(ApiError(error.status_code, str(error.detail), headers=_headers(error)))
+
+
+def _headers(error: HTTPException) -> dict[str, str]:
+    return dict(error.headers or {})
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    """The first thing that is wrong with a body, by field, value and what is allowed."""
+    assert isinstance(error, RequestValidationError)
+    first: Any = _most_telling(error.errors())
+    kind, place = first["type"], first["loc"][1:]
+    if kind == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "")
+        return answer(ApiError(400, f"We could not parse the JSON body of your request. {reason}".strip()))
+    if not place:
+        return answer(ApiError(400, "The body must be a JSON object.", code="invalid_type"))
+    param = _dotted(place)
+    if kind == "missing":
+        return answer(ApiError(400, f"{param} is missing", param=param, code="missing_required_parameter"))
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
+    reason = first["msg"][:1].lower() + first["msg"][1:]
+    code = "invalid_type" if kind.endswith("_type") else "invalid_value"
+    return answer(ApiError(400, f"{param} is {shown}: {reason}", param=param, code=code))
+
+
+def _most_telling(errors: Sequence[Any]) -> Any:
+    """Of a union's errors that of the branch that came furthest."""
+    return max(errors, key=lambda item: len(item["loc"]))
+
+
+def _dotted(place: Sequence[Any]) -> str:
+    """`messages.[0].content`, without the names of a union's branches."""
+    parts = [f"[{part}]" if isinstance(part, int) else str(part) for part in place]
+    return ".".join(part for part in parts if part.startswith("[") or (part.isidentifier() and part not in _BRANCHES))
+
+
+_BRANCHES = frozenset({"str", "int", "TextPart", "list"})
+"""What pydantic adds to a place to say which branch of a union it means."""

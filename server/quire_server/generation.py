@@ -1,0 +1,199 @@
+"""Runs a request's submissions and yields events. Leaving it early aborts what still runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass
+
+from quire import AsyncLLM, OutputDelta, PositionLogprobs, QuireError, Submission
+from quire.plugin import OutputParser, ParserEvent, ReasoningDelta, TextDelta, ToolCallStart
+
+from quire_server.events import (
+    Choice,
+    Event,
+    Failure,
+    Finish,
+    Prompt,
+    Reasoning,
+    Text,
+    Tokens,
+    ToolArguments,
+    ToolStart,
+    Usage,
+    Whole,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A checked request, ready to run.
+
+    Attributes:
+        submissions: one per prompt, each of n sequences; choices are numbered prompt by prompt.
+        parsers: one per choice; empty: the text is the answer as it is.
+        tell_prompts: whether `Prompt` events are wanted.
+        queue_timeout: seconds until something must have been produced. timeout: until it must have ended.
+    """
+
+    submissions: Sequence[Submission]
+    parsers: Sequence[OutputParser] = ()
+    tell_prompts: bool = False
+    queue_timeout: float = 60.0
+    timeout: float = 600.0
+
+    @property
+    def num_choices(self) -> int:
+        return sum(submission.params.n for submission in self.submissions)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(submission.prompt_token_ids) for submission in self.submissions)
+
+
+async def events(llm: AsyncLLM, job: Job) -> AsyncGenerator[Event]:
+    """Everything that a job produces, in order; ends after one `Usage`, or with one `Failure`."""
+    tally = _Tally(job)
+    now = asyncio.get_running_loop().time()
+    begin, end = now + min(job.queue_timeout, job.timeout), now + job.timeout
+    deltas = _merged(llm, job.submissions)
+    try:
+        while tally.open_choices:
+            async with asyncio.timeout_at(end if tally.has_begun else begin):
+                prompt, delta = await anext(deltas)
+            for event in tally.take(prompt, delta):
+                yield event
+                if isinstance(event, Failure):
+                    return
+        yield tally.usage()
+    except TimeoutError:
+        problem = "took too long" if tally.has_begun else "waited too long for its turn"
+        yield Failure(f"the request {problem} and was ended")
+    except QuireError as error:
+        yield Failure(error.message)
+    finally:
+        await deltas.aclose()
+
+
+async def whole(llm: AsyncLLM, job: Job) -> Whole:
+    """All of a job at once."""
+    result = Whole([Choice() for _ in range(job.num_choices)])
+    async with contextlib.aclosing(events(llm, job)) as stream:
+        async for event in stream:
+            result.add(event)
+    return result
+
+
+async def _merged(llm: AsyncLLM, submissions: Sequence[Submission]) -> AsyncGenerator[tuple[int, OutputDelta]]:
+    """(prompt's index, delta) of all submissions as they come."""
+    if len(submissions) == 1:
+        async with contextlib.aclosing(llm.submit(submissions[0])) as deltas:
+            async for delta in deltas:
+                yield 0, delta
+        return
+    found: asyncio.Queue[tuple[int, OutputDelta | QuireError]] = asyncio.Queue()
+
+    async def pump(index: int, submission: Submission) -> None:
+        try:
+            async for delta in llm.submit(submission):
+                found.put_nowait((index, delta))
+        except QuireError as error:
+            found.put_nowait((index, error))
+
+    tasks = [asyncio.create_task(pump(index, submission)) for index, submission in enumerate(submissions)]
+    try:
+        while True:
+            index, item = await found.get()
+            if isinstance(item, QuireError):
+                raise item
+            yield index, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Tally:
+    """Turns deltas into events, and counts."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        counts = [submission.params.n for submission in job.submissions]
+        self._first = [sum(counts[:index]) for index in range(len(counts))]
+        self.open_choices = set(range(sum(counts)))
+        self.has_begun = False
+        self._calls = dict.fromkeys(self.open_choices, 0)
+        self._reasoning = dict.fromkeys(self.open_choices, False)
+        self._told: set[int] = set()
+        self._prompt_logprobs: dict[int, list[PositionLogprobs | None]] = {}
+        self._completion = self._reasoning_tokens = 0
+        self._cached = [0] * len(counts)
+
+    def take(self, prompt: int, delta: OutputDelta) -> Iterator[Event]:
+        """Events of one delta."""
+        choice = self._first[prompt] + delta.index
+        self.has_begun = True
+        self._cached[prompt] = max(self._cached[prompt], delta.num_cached_tokens)
+        if delta.finish_reason == "error":
+            yield Failure(delta.error or "the engine failed")
+            return
+        yield from self._prompt(prompt, delta)
+        if delta.token_ids:
+            self._completion += len(delta.token_ids)
+            yield Tokens(choice, delta.token_ids, delta.logprobs, self._num_shown(prompt, delta))
+        yield from self._output(choice, delta)
+        if delta.finish_reason == "abort":
+            yield Failure("the request was aborted")
+        elif delta.finish_reason is not None:
+            self.open_choices.discard(choice)
+            reason = "tool_calls" if self._calls[choice] and delta.finish_reason == "stop" else delta.finish_reason
+            yield Finish(choice, reason, delta.stop_reason)
+
+    def usage(self) -> Usage:
+        return Usage(self._job.num_prompt_tokens, self._completion, sum(self._cached), self._reasoning_tokens)
+
+    def _num_shown(self, prompt: int, delta: OutputDelta) -> int:
+        by_token = delta.finish_reason == "stop" and not isinstance(delta.stop_reason, str)
+        hidden = by_token and not self._job.submissions[prompt].params.include_stop_str_in_output
+        return len(delta.token_ids) - hidden
+
+    def _prompt(self, prompt: int, delta: OutputDelta) -> Iterator[Event]:
+        """The prompt, once all its log probabilities are there."""
+        if not self._job.tell_prompts or prompt in self._told:
+            return
+        submission = self._job.submissions[prompt]
+        known = self._prompt_logprobs.setdefault(prompt, [None])
+        known.extend(delta.prompt_logprobs if delta.index == 0 else ())
+        wanted = submission.params.prompt_logprobs is not None
+        if wanted and len(known) < len(submission.prompt_token_ids):
+            return
+        self._told.add(prompt)
+        yield Prompt(prompt, submission.prompt_token_ids, tuple(known) if wanted else ())
+
+    def _output(self, choice: int, delta: OutputDelta) -> Iterator[Event]:
+        if not self._job.parsers:
+            if delta.text:
+                yield Text(choice, delta.text)
+            return
+        parser = self._job.parsers[choice]
+        found = parser.feed(delta.text, delta.token_ids)
+        if delta.finish_reason is not None:
+            found = [*found, *parser.finish()]
+        for event in found:
+            yield self._parsed(choice, event)
+        # Counted by where a token's text went; of one that held text of both kinds, by the last.
+        if self._reasoning[choice]:
+            self._reasoning_tokens += len(delta.token_ids)
+
+    def _parsed(self, choice: int, event: ParserEvent) -> Event:
+        self._reasoning[choice] = isinstance(event, ReasoningDelta)
+        if isinstance(event, TextDelta):
+            return Text(choice, event.text)
+        if isinstance(event, ReasoningDelta):
+            return Reasoning(choice, event.text)
+        if isinstance(event, ToolCallStart):
+            self._calls[choice] += 1
+            return ToolStart(choice, event.index, f"call_{uuid.uuid4().hex[:24]}", event.name)
+        return ToolArguments(choice, event.index, event.text)

@@ -1,0 +1,96 @@
+"""uvicorn, with our way of stopping: first refuse, then wait, then end what is left; a second signal ends at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket as sockets
+import time
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from quire import ConfigError
+
+from quire_server.settings import ServerSettings
+from quire_server.state import ServerState
+
+logger = logging.getLogger("quire.server")
+
+BACKLOG = 2048
+POLL = 0.05
+"""Seconds between two looks at whether all requests have ended."""
+
+
+def open_socket(settings: ServerSettings) -> sockets.socket:
+    """The listening socket. Raises ConfigError if the address cannot be had."""
+    if settings.uds is not None:
+        family, address = sockets.AF_UNIX, str(settings.uds)
+        if settings.uds.is_socket():
+            settings.uds.unlink()
+    else:
+        family = sockets.AF_INET6 if ":" in settings.host else sockets.AF_INET
+        address = (settings.host, settings.port)  # type: ignore[assignment]
+    found = sockets.socket(family, sockets.SOCK_STREAM)
+    try:
+        if settings.uds is None:
+            found.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
+        found.bind(address)
+        found.listen(BACKLOG)
+    except OSError as error:
+        found.close()
+        where = settings.uds or f"{settings.host}:{settings.port}"
+        raise _PortBusy(f"cannot listen on {where}: {error.strerror}", remedy="choose another with --port") from error
+    return found
+
+
+class _PortBusy(ConfigError):
+    exit_code = 5
+
+
+class Listener(uvicorn.Server):
+    """Serves one application until it is told to stop."""
+
+    def __init__(self, app: Any, state: ServerState) -> None:
+        settings = state.settings
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                server_header=False,
+                ssl_certfile=settings.ssl_certfile,
+                ssl_keyfile=settings.ssl_keyfile,
+                timeout_graceful_shutdown=5,
+            )
+        )
+        self._state = state
+        self._draining: asyncio.Task[None] | None = None
+
+    def run(self, sockets: Any = None) -> None:
+        """Serve on a listening socket."""
+        super().run([sockets] if sockets is not None and not isinstance(sockets, list) else sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins to drain, the second ends the process."""
+        if self._state.admission.is_draining or self._draining is not None:
+            os._exit(128 + sig)
+        self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        state, drain = self._state, self._state.settings.drain
+        state.is_leaving = True
+        logger.warning("stopping: %d requests under way", state.admission.num_requests)
+        await asyncio.sleep(drain.grace)
+        state.admission.is_draining = True
+        deadline = time.monotonic() + drain.timeout
+        while state.admission.num_requests and time.monotonic() < deadline:
+            await asyncio.sleep(POLL)
+        if state.admission.num_requests:
+            logger.warning("ending %d requests that have not finished", state.admission.num_requests)
+            await asyncio.to_thread(state.llm.shutdown)
+            while state.admission.num_requests and time.monotonic() < deadline + 5:
+                await asyncio.sleep(POLL)
+        self.should_exit = True

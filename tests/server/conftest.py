@@ -1,0 +1,82 @@
+"""One engine over quire-tiny for all tests of the server, and real servers over it on free ports."""
+
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from quire import AsyncLLM
+from quire.plugin import MetricsInit
+from quire_server.app import create_app
+from quire_server.listener import Listener, open_socket
+from quire_server.metrics import PrometheusSink
+from quire_server.settings import ServerSettings
+from quire_server.state import ServerState
+
+
+@pytest.fixture(scope="session")
+def sink():
+    return PrometheusSink(MetricsInit("quire-tiny"))
+
+
+@pytest.fixture(scope="session")
+def llm(sink):
+    from quire.config import configure
+    from quire.engine.build import engine_from
+    from quire.registry import build_host
+
+    options = {"max_num_seqs": 32, "num_kv_blocks": 600, "dtype": "float32"}
+    served = AsyncLLM.over(engine_from(configure(options, environment={}), build_host()), [("prometheus", sink)])
+    yield served
+    served.shutdown()
+
+
+@contextmanager
+def running(llm, sink=None, **settings):
+    """(URL, state) of a server in a thread of its own."""
+    state = ServerState(llm, ServerSettings(port=0, **settings), metrics=sink.render if sink else None)
+    if sink is not None:
+        sink.set_cache_info(llm.info.num_kv_blocks, llm.info.block_size)
+        sink.watch_rejections(lambda: state.admission.num_refused)
+    socket = open_socket(state.settings)
+    listener = Listener(create_app(state), state)
+    thread = threading.Thread(target=listener.run, args=(socket,))
+    thread.start()
+    try:
+        while not listener.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{socket.getsockname()[1]}", state
+    finally:
+        listener.should_exit = True
+        thread.join()
+        socket.close()
+
+
+@pytest.fixture(scope="session")
+def server(llm, sink):
+    """URL of a server with the default settings."""
+    with running(llm, sink) as (url, _):
+        yield url
+
+
+@pytest.fixture
+def serve(llm):
+    """Starts a server with further settings."""
+    return lambda **settings: running(llm, **settings)
+
+
+@pytest.fixture(scope="session")
+def http(server):
+    with httpx.Client(base_url=server, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(llm):
+    """Whatever a test did, the engine's blocks come back."""
+    yield
+    deadline = time.monotonic() + 5
+    while llm.engine.has_work() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert llm.engine.kv_stats().used == 0
