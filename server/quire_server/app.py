@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from quire import QuireError, __version__
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from quire_server.errors import ApiError, as_api_error
+from quire_server.errors import ApiError, ErrorEnvelope, as_api_error
 from quire_server.middleware import ApiKey, BodyLimit, RequestId, answer
 from quire_server.routes import openai, operations
 from quire_server.state import ServerState
 
+ERRORS: Mapping[int | str, dict[str, Any]] = {
+    400: {"model": ErrorEnvelope, "description": "Something in the request cannot be honoured."},
+    401: {"model": ErrorEnvelope, "description": "A key is missing or wrong."},
+    404: {"model": ErrorEnvelope, "description": "No such path or model."},
+    413: {"model": ErrorEnvelope, "description": "The body is too large."},
+    429: {"model": ErrorEnvelope, "description": "The queue is full; try again later."},
+    503: {"model": ErrorEnvelope, "description": "The engine cannot answer, or is shutting down."},
+}
 MAX_SHOWN = 120
 """Characters of a bad value that an error shows."""
 
@@ -25,8 +34,9 @@ def create_app(state: ServerState) -> FastAPI:
     """Routes, error handlers and middleware around a served model. Raises OSError for an unreadable key file."""
     app = FastAPI(title="Quire", version=__version__, docs_url=None, redoc_url=None)
     app.state.server = state
-    app.include_router(openai.router)
-    app.include_router(operations.router)
+    for router in (openai.router, operations.router):
+        app.include_router(router, responses=dict(ERRORS))
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(QuireError, _api_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -40,6 +50,17 @@ def create_app(state: ServerState) -> FastAPI:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(RequestId, settings=state.settings)
     return app
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The API's description, without the status that the framework would answer bad bodies with."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        app.openapi_schema = document
+    return app.openapi_schema
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

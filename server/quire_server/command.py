@@ -92,7 +92,7 @@ def _serve(session: Session, settings: ServerSettings) -> None:
         note(ready_block(llm, state.names, url, has_key=bool(keys), seconds=time.monotonic() - started))
         if settings.host not in ("127.0.0.1", "::1", "localhost") and settings.uds is None and not keys:
             note("warning: anybody who reaches this address may use the server; set server.api_keys_file")
-        Listener(create_app(state), state).run(socket)
+        Listener(create_app(state), state).serve_on(socket)
     finally:
         llm.shutdown()
 

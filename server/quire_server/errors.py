@@ -5,12 +5,28 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from pydantic import BaseModel
 from quire import EngineError, RequestError
 
 logger = logging.getLogger(__name__)
 
 INVALID, SERVER = "invalid_request_error", "server_error"
 APOLOGY = "The server had an error while processing your request."
+
+
+class ErrorBody(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(BaseModel):
+    """Every error's body."""
+
+    error: ErrorBody
 
 
 class ApiError(Exception):

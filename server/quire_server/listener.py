@@ -66,18 +66,37 @@ class Listener(uvicorn.Server):
                 timeout_graceful_shutdown=5,
             )
         )
+        # Its lines would hold query strings; the middleware writes our own.
+        logging.getLogger("uvicorn.access").disabled = True
         self._state = state
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._told = False
 
-    def run(self, sockets: Any = None) -> None:
-        """Serve on a listening socket."""
-        super().run([sockets] if sockets is not None and not isinstance(sockets, list) else sockets)
+    def serve_on(self, listening: sockets.socket) -> None:
+        """Serve until told to stop."""
+        self.run([listening])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins to drain, the second ends the process."""
-        if self._state.admission.is_draining or self._draining is not None:
+        if self._told:
             os._exit(128 + sig)
-        self._draining = asyncio.get_running_loop().create_task(self._drain())
+        self.stop_soon()
+
+    def stop_soon(self) -> None:
+        """Begin to drain; from any thread, or a signal handler."""
+        self._told = True
+        if self._loop is None:  # not serving yet
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._begin_drain)
+
+    async def startup(self, sockets: list[sockets.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def _begin_drain(self) -> None:
+        self._draining = self._draining or asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
         state, drain = self._state, self._state.settings.drain

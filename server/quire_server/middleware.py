@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -84,16 +85,17 @@ class BodyLimit:
                 raise _TooLarge
             return message
 
-        async def noted(message: Message) -> None:
+        async def held(message: Message) -> None:
             nonlocal started
+            if seen > self._limit and not started:
+                return  # what the application makes of the broken body; the refusal below says why
             started = True
             await send(message)
 
-        try:
-            await self._app(scope, counted, noted)
-        except _TooLarge:
-            if not started:
-                await self._refuse(scope, receive, send)
+        with contextlib.suppress(_TooLarge):
+            await self._app(scope, counted, held)
+        if seen > self._limit and not started:
+            await self._refuse(scope, receive, send)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = ApiError(413, f"the body is larger than {self._limit} bytes, which is all that is taken")

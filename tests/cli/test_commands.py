@@ -109,7 +109,12 @@ def test_an_allow_list_in_the_configuration(quire, tmp_path):
     file = tmp_path / "hard.yaml"
     file.write_text("plugins: {allowed: [quant]}\n")
     plugins = json.loads(quire("-c", file, "plugins", "list", "--json").stdout)
-    assert {p["name"]: p["status"] for p in plugins} == {"core": "loaded", "cpu_ref": "blocked", "quant": "loaded"}
+    assert {p["name"]: p["status"] for p in plugins} == {
+        "core": "loaded",
+        "cpu_ref": "blocked",
+        "quant": "loaded",
+        "server": "blocked",
+    }
 
 
 def test_a_plugin_in_a_file(quire, plugin_file):
@@ -147,7 +152,12 @@ def test_a_plugin_that_fails_to_add_commands_is_passed_over(quire, tmp_path, plu
 def test_the_variable_for_allowed_plugins(quire, monkeypatch):
     monkeypatch.setenv("QUIRE_PLUGINS", "cpu_ref")
     plugins = json.loads(quire("plugins", "list", "--json").stdout)
-    assert {p["name"]: p["status"] for p in plugins} == {"core": "loaded", "cpu_ref": "loaded", "quant": "blocked"}
+    assert {p["name"]: p["status"] for p in plugins} == {
+        "core": "loaded",
+        "cpu_ref": "loaded",
+        "quant": "blocked",
+        "server": "blocked",
+    }
 
 
 def test_strict_plugins(quire, tmp_path):

@@ -3,6 +3,7 @@
 import threading
 import time
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import httpx
 import pytest
@@ -32,21 +33,27 @@ def llm(sink):
     served.shutdown()
 
 
+class Running(NamedTuple):
+    url: str
+    state: ServerState
+    listener: Listener
+
+
 @contextmanager
 def running(llm, sink=None, **settings):
-    """(URL, state) of a server in a thread of its own."""
+    """A server in a thread of its own."""
     state = ServerState(llm, ServerSettings(port=0, **settings), metrics=sink.render if sink else None)
     if sink is not None:
         sink.set_cache_info(llm.info.num_kv_blocks, llm.info.block_size)
         sink.watch_rejections(lambda: state.admission.num_refused)
     socket = open_socket(state.settings)
     listener = Listener(create_app(state), state)
-    thread = threading.Thread(target=listener.run, args=(socket,))
+    thread = threading.Thread(target=listener.serve_on, args=(socket,))
     thread.start()
     try:
         while not listener.started:
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{socket.getsockname()[1]}", state
+        yield Running(f"http://127.0.0.1:{socket.getsockname()[1]}", state, listener)
     finally:
         listener.should_exit = True
         thread.join()
@@ -56,14 +63,14 @@ def running(llm, sink=None, **settings):
 @pytest.fixture(scope="session")
 def server(llm, sink):
     """URL of a server with the default settings."""
-    with running(llm, sink) as (url, _):
-        yield url
+    with running(llm, sink) as served:
+        yield served.url
 
 
 @pytest.fixture
 def serve(llm):
-    """Starts a server with further settings."""
-    return lambda **settings: running(llm, **settings)
+    """Starts a server with further settings, over another engine if one is given."""
+    return lambda other=None, **settings: running(other or llm, **settings)
 
 
 @pytest.fixture(scope="session")

@@ -170,9 +170,8 @@ def test_completions_score_a_prompt(client):
     assert choice.logprobs.token_logprobs[0] is None
     assert all(value <= 0 for value in choice.logprobs.token_logprobs[1:])
     assert "".join(choice.logprobs.tokens) == prompt
-    assert [
-        prompt[at:].startswith(t) for at, t in zip(choice.logprobs.text_offset, choice.logprobs.tokens, strict=True)
-    ]
+    placed = zip(choice.logprobs.text_offset, choice.logprobs.tokens, strict=True)
+    assert all(prompt[at:].startswith(token) for at, token in placed)
     assert answer.usage.completion_tokens == 0
     longer = client.completions.create(
         model="quire-tiny", prompt=prompt, echo=True, logprobs=1, max_tokens=4, extra_body={"ignore_eos": True}

@@ -1,0 +1,119 @@
+"""Routes for operators: health, metrics, configuration, tokens; and keys, CORS, ids, logs."""
+
+import logging
+import re
+
+import httpx
+import pytest
+from pydantic import SecretStr
+
+HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+METRICS = """
+admission_rejections cache_config_info e2e_request_latency_seconds generation_tokens_total iteration_tokens_total
+kv_cache_usage_perc num_preemptions_total num_requests_running num_requests_waiting prefix_cache_hits_total
+prefix_cache_queries_total prompt_tokens_total request_decode_time_seconds request_generation_tokens
+request_prefill_time_seconds request_prompt_tokens request_queue_time_seconds request_success_total
+request_time_per_output_token_seconds time_to_first_token_seconds
+"""
+"""Dashboards are built on these names: one that goes, or changes, breaks somebody's."""
+
+
+def test_health_readiness_and_version(http):
+    assert http.get("/health").json() == {"status": "ok"}
+    assert http.get("/ready").json() == {"status": "ready"}
+    assert re.fullmatch(r"\d+\.\d+\..*", http.get("/version").json()["version"])
+
+
+def test_the_names_of_metrics(http):
+    http.post("/v1/chat/completions", json=HELLO)
+    text = http.get("/metrics").text
+    found = set(re.findall(r"^# TYPE quire:(\S+)", text, re.MULTILINE))
+    assert {name for name in found if not name.endswith("_created")} == set(METRICS.split())
+
+
+def test_metrics_count(http):
+    def value(name):
+        return float(re.search(rf"^quire:{name}(?:\{{.*\}})? (\S+)", http.get("/metrics").text, re.MULTILINE)[1])
+
+    before = value("generation_tokens_total"), value("e2e_request_latency_seconds_count"), value("prompt_tokens_total")
+    answer = http.post("/v1/chat/completions", json=HELLO | {"n": 2, "ignore_eos": True}).json()
+    after = value("generation_tokens_total"), value("e2e_request_latency_seconds_count"), value("prompt_tokens_total")
+    assert after[0] - before[0] == answer["usage"]["completion_tokens"] == 4
+    assert after[1] - before[1] == 2
+    assert after[2] - before[2] >= answer["usage"]["prompt_tokens"]
+    assert value("num_requests_running") == 0
+    assert value("cache_config_info") == 1
+
+
+def test_tokens_there_and_back(http):
+    text = "What is 27+45? Grüße, 世界!"
+    answer = http.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"])
+    assert answer["max_model_len"] == 2048
+    assert http.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": text}
+    chat = http.post("/tokenize", json={"messages": [{"role": "user", "content": text}]}).json()
+    assert text in http.post("/detokenize", json={"tokens": chat["tokens"]}).json()["prompt"]
+    info = http.get("/tokenizer_info").json()
+    assert info["chat_template"]
+    assert set(map(str, info["stop_token_ids"])) <= set(info["special_tokens"])
+
+
+def test_every_answer_has_an_id(http):
+    assert http.get("/version").headers["x-request-id"].startswith("req_")
+    assert http.get("/version", headers={"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    for odd in ("a b", "x" * 129, "\x7f"):
+        assert http.get("/version", headers={"X-Request-Id": odd}).headers["x-request-id"].startswith("req_")
+
+
+def test_keys_are_asked_for_everywhere_but_on_public_paths(serve, tmp_path, caplog):
+    (tmp_path / "keys").write_text("# of the team\nsecond-key-22\n\n")
+    with serve(api_keys=(SecretStr("first-key-11"),), api_keys_file=tmp_path / "keys") as (url, state, _):
+        with httpx.Client(base_url=url) as client, caplog.at_level(logging.DEBUG):
+            for path in ("/health", "/ready", "/version"):
+                assert client.get(path).status_code == 200
+            for path in ("/metrics", "/server_info", "/v1/models", "/nowhere", "/openapi.json", "/docs", "/"):
+                refused = client.get(path)
+                assert refused.status_code == 401, path
+                assert refused.headers["www-authenticate"] == "Bearer"
+                assert set(refused.json()["error"]) == {"message", "type", "param", "code"}
+            for key in ("first-key-11", "second-key-22"):
+                assert client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+                assert client.get("/v1/models", headers={"X-Api-Key": key}).status_code == 200
+            wrong = client.get("/v1/models", headers={"Authorization": "Bearer first-key-12"})
+            assert wrong.json()["error"]["code"] == "invalid_api_key"
+            assert "first-key-12" not in wrong.text
+            shown = client.get("/server_info", headers={"X-Api-Key": "first-key-11"}).text
+        assert "first-key-11" not in shown + caplog.text
+        assert "first-key-11" not in repr(state.settings)
+
+
+def test_no_prompt_stands_in_the_log(server, caplog):
+    with caplog.at_level(logging.DEBUG), httpx.Client(base_url=server) as client:
+        client.post("/v1/completions", json={"prompt": "canary-prompt", "max_tokens": 1})
+        client.get("/version?canary-query=1%0Aforged")
+    assert "canary" not in "".join(r.getMessage() for r in caplog.records if not r.name.startswith("httpx"))
+    lines = [r.getMessage() for r in caplog.records if r.name == "quire.server.access"]
+    assert len(lines) == 2
+    assert "POST '/v1/completions' 200" in lines[0]
+
+
+def test_browsers_from_elsewhere_are_let_in_only_if_named(serve, server):
+    asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    with serve(cors_origins=("https://a.example",)) as (url, _, _):
+        allowed = httpx.options(f"{url}/v1/completions", headers=asked)
+        other = httpx.options(f"{url}/v1/completions", headers=asked | {"Origin": "https://b.example"})
+    assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+    assert "access-control-allow-origin" not in other.headers
+    assert "access-control-allow-origin" not in httpx.get(f"{server}/version", headers=asked).headers
+
+
+def test_served_names(serve):
+    with serve(served_names=("small", "tiny")) as (url, _, _), httpx.Client(base_url=url) as client:
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["small", "tiny"]
+        assert client.post("/v1/chat/completions", json=HELLO | {"model": "tiny"}).json()["model"] == "tiny"
+        assert client.post("/v1/chat/completions", json=HELLO | {"model": "quire-tiny"}).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/v1/models/../../etc/passwd", "/v1/models/%2e%2e%2fsecret"])
+def test_names_are_no_paths(http, path):
+    assert http.get(path).status_code == 404
