@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from quire import AsyncLLM, OutputDelta, PositionLogprobs, QuireError, Submission
@@ -77,12 +77,11 @@ async def events(llm: AsyncLLM, job: Job) -> AsyncGenerator[Event]:
         await deltas.aclose()
 
 
-async def whole(llm: AsyncLLM, job: Job) -> Whole:
-    """All of a job at once."""
+def whole(job: Job, produced: Iterable[Event]) -> Whole:
+    """All events of a job, put together."""
     result = Whole([Choice() for _ in range(job.num_choices)])
-    async with contextlib.aclosing(events(llm, job)) as stream:
-        async for event in stream:
-            result.add(event)
+    for event in produced:
+        result.add(event)
     return result
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from quire_server.events import Event
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -18,6 +22,26 @@ def event(data: object, name: str | None = None) -> bytes:
     """One event with JSON data."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
     return head + b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """One API's way to write events.
+
+    Attributes:
+        begin: chunks before the first event. feed: chunks of an event. end: bytes after the last, unless it failed.
+        name: the SSE event's name for a chunk; None: it has none.
+    """
+
+    begin: Callable[[], list[dict[str, Any]]]
+    feed: Callable[[Event], list[dict[str, Any]]]
+    end: bytes = b""
+    name: Callable[[dict[str, Any]], str] | None = None
+
+    def encoded(self, chunks: list[dict[str, Any]]) -> Iterator[bytes]:
+        """The chunks as bytes."""
+        for chunk in chunks:
+            yield event(chunk, None if self.name is None else self.name(chunk))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +57,34 @@ class EventStream(Response):
 
     A comment is sent in silence, since proxies close a stream on which nothing happens while a long
     prompt is computed.
+
+    Args:
+        chunks: what is sent. limits: of time. headers: further ones.
+        place: closed when the stream has ended, however it ended.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, chunks: AsyncGenerator[bytes], limits: StreamLimits, headers: Mapping[str, str] | None = None
+        self,
+        chunks: AsyncGenerator[bytes],
+        limits: StreamLimits,
+        headers: Mapping[str, str] | None = None,
+        place: ExitStack | None = None,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]
         self._chunks = chunks
+        self._place = place or ExitStack()
         self._limits = limits
         self._last = 0.0
         self._writing = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._place:  # here, since a generator that was never begun would not give it back
+            await self._send(receive, send)
+
+    async def _send(self, receive: Receive, send: Send) -> None:
         loop = asyncio.get_running_loop()
         main = asyncio.current_task()
         assert main is not None

@@ -1,0 +1,121 @@
+"""One request on its way: admitted, prepared, run, answered. The same for every API."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
+from quire import AsyncLLM
+from starlette.responses import Response
+
+from quire_server import sse
+from quire_server.encoding import Meta
+from quire_server.errors import APOLOGY, ApiError, as_api_error
+from quire_server.events import Event, Failure
+from quire_server.generation import Job, events
+from quire_server.json_response import JsonResponse
+from quire_server.state import ServerState
+
+T = TypeVar("T")
+
+IGNORED_FIELDS = "X-Quire-Ignored-Fields"
+CLIENT_GONE = 499
+"""Status of an answer that nobody reads; nginx's number for it, seen in the access log only."""
+
+
+class Call:
+    """One request on its way.
+
+    Args:
+        state: of the server. request: as it came.
+        prefix: of the answer's id. model: the name that was asked for.
+        ignored: names of fields that have no effect, for a header.
+
+    Raises:
+        ApiError: the server takes no request now, or the model is not served.
+    """
+
+    def __init__(
+        self, state: ServerState, request: Request, prefix: str, model: str | None, ignored: Sequence[str] = ()
+    ) -> None:
+        self._state, self._request = state, request
+        self._headers = {IGNORED_FIELDS: _printable(ignored)} if ignored else {}
+        state.admission.check()
+        self.request_id = f"{prefix}{uuid.uuid4().hex}"
+        self.meta = Meta(self.request_id, int(time.time()), state.check_model(model))
+
+    async def prepare(self, make: Callable[[], T], prompt_param: str) -> T:
+        """Render, tokenize and check, off the event loop. Raises ApiError."""
+        try:
+            return await run_in_threadpool(make)
+        except Exception as error:
+            raise as_api_error(error, prompt_param=prompt_param) from error
+
+    def stream(self, job: Job, encoder: sse.Encoder) -> Response:
+        """Send the events as they come. Raises ApiError if there is no place for the request."""
+        place = contextlib.ExitStack()
+        place.enter_context(self._state.admission.admit(job.num_prompt_tokens))
+        chunks = _encoded(self._state.llm, job, encoder)
+        return sse.EventStream(chunks, self._state.limits, self._headers, place)
+
+    async def events(self, job: Job) -> list[Event]:
+        """All events, for an answer that is sent at once. Raises ApiError if there is no place, or it fails."""
+        with self._state.admission.admit(job.num_prompt_tokens):
+            produced: list[Event] = await _unless_disconnected(self._request, _all(self._state.llm, job))
+        if produced and isinstance(produced[-1], Failure):
+            raise ApiError(503, f"{APOLOGY} {produced[-1].message}")
+        return produced
+
+    def answer(self, content: dict[str, Any]) -> Response:
+        """The answer, sent at once."""
+        return JsonResponse(content, headers=self._headers)
+
+
+def _printable(names: Sequence[str]) -> str:
+    """As a header may hold them: a field's name is the client's own text."""
+    shown = ("".join(letter if " " <= letter <= "~" else "?" for letter in name[:64]) for name in names[:16])
+    return ", ".join(shown)
+
+
+async def _all(llm: AsyncLLM, job: Job) -> list[Event]:
+    async with contextlib.aclosing(events(llm, job)) as stream:
+        return [event async for event in stream]
+
+
+async def _encoded(llm: AsyncLLM, job: Job, encoder: sse.Encoder) -> AsyncGenerator[bytes]:
+    for part in encoder.encoded(encoder.begin()):
+        yield part
+    async with contextlib.aclosing(events(llm, job)) as stream:
+        async for event in stream:
+            for part in encoder.encoded(encoder.feed(event)):
+                yield part
+            if isinstance(event, Failure):
+                return
+    if encoder.end:
+        yield encoder.end
+
+
+async def _unless_disconnected(request: Request, work: Any) -> Any:
+    """The result of `work`, which is cancelled when the client goes."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(CLIENT_GONE, "the client closed the connection")
+        return task.result()
+    finally:
+        for each in (task, watcher):
+            each.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
