@@ -20,15 +20,16 @@ from typing import Any, Self, TypeVar
 
 from quire.config import EngineConfig
 from quire.contract.metrics import MetricsSink
-from quire.engine.build import build_engine
+from quire.engine.build import configured_by, host_for
 from quire.engine.chat import ChatFormat
-from quire.engine.engine import Engine
 from quire.engine.intake import Prompt, Submission
+from quire.engine.served import ServedEngine
 from quire.errors import EngineDead, RequestError
 from quire.facade import EngineFacade
 from quire.outputs import OutputDelta
 from quire.params import SamplingParams, sampling_defaults
 from quire.registry import PluginHost
+from quire.remote.start import served_engine
 from quire.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -55,40 +56,42 @@ class AsyncLLM:
         config: EngineConfig | None = None,
         **options: Any,
     ) -> None:
-        self._begin(build_engine(model, options, host=host, config=config))
+        configured = configured_by(model, options, config)
+        self._begin(served_engine(configured, host or host_for(configured.config)))
 
     @classmethod
-    def over(cls, engine: Engine, sinks: Sequence[tuple[str, MetricsSink]] = ()) -> Self:
+    def over(cls, engine: ServedEngine, sinks: Sequence[tuple[str, MetricsSink]] = ()) -> Self:
         """Serve an engine that has been built; `sinks`: further metrics sinks, with their names."""
         served = cls.__new__(cls)
         for name, sink in sinks:
-            engine.parts.metrics.add(name, sink)
+            engine.add_sink(name, sink)
         served._begin(engine)
         return served
 
-    def _begin(self, engine: Engine) -> None:
+    def _begin(self, engine: ServedEngine) -> None:
         self._engine = engine
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._dead: BaseException | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="quire-engine", daemon=True)
+        engine.attach(self._inbox.put)
         self._thread.start()
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> ServedEngine:
         """The engine; ask it nothing that changes it, that is the thread's right."""
         return self._engine
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
-        return self._engine.parts.tokenizer
+        return self._engine.tokenizer
 
     @property
     def chat(self) -> ChatFormat:
         """Renders conversations, and parses answers."""
-        return self._engine.parts.chat
+        return self._engine.chat
 
     @property
     def info(self) -> EngineFacade:
@@ -97,12 +100,12 @@ class AsyncLLM:
 
     def resolved_config(self) -> dict[str, Any]:
         """Every field of the configuration, decided; secrets are masked."""
-        return self._engine.parts.config.to_dict()
+        return self._engine.config.to_dict()
 
     @property
     def sampling_defaults(self) -> dict[str, Any]:
         """Fields of `SamplingParams` as the checkpoint asks for them where a request says nothing."""
-        return sampling_defaults(self._engine.parts.config.checkpoint.generation_config)
+        return sampling_defaults(self._engine.config.checkpoint.generation_config)
 
     def prepare(
         self,
@@ -155,7 +158,9 @@ class AsyncLLM:
         ended = False
         try:
             try:
-                await asyncio.wrap_future(self._call(lambda: self._engine.add(submission)))
+                answer = await asyncio.wrap_future(self._call(lambda: self._engine.add(submission)))
+                if answer is not None:
+                    await asyncio.wrap_future(answer)
             except RequestError:
                 ended = True
                 raise
@@ -179,7 +184,7 @@ class AsyncLLM:
     async def check_health(self, timeout: float = 10.0) -> None:
         """Ask the loop itself. Raises EngineDead if it has ended or does not answer in `timeout` seconds."""
         try:
-            reason = await asyncio.wait_for(self._run(self._engine.parts.executor.health), timeout)
+            reason = await asyncio.wait_for(self._run(self._engine.health), timeout)
         except TimeoutError as error:
             raise EngineDead(f"the engine's loop did not answer within {timeout:g} s") from error
         if reason is not None:

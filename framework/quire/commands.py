@@ -18,8 +18,8 @@ from quire.cli.console import note, print_table
 from quire.cli.flags import engine_flags
 from quire.cli.session import Session, open_session
 from quire.contract.metrics import MetricsSink
-from quire.engine.build import engine_from
 from quire.loader.checkpoint import BUNDLED
+from quire.remote.start import served_engine
 
 __all__ = ["BUNDLED", "Session", "engine_flags", "note", "open_session", "print_table", "start_engine"]
 
@@ -34,4 +34,4 @@ def start_engine(session: Session, sinks: Sequence[tuple[str, MetricsSink]] = ()
     Raises:
         ConfigError: the configuration cannot be run; the message says why and what to do.
     """
-    return AsyncLLM.over(engine_from(session.configured, session.host), sinks)
+    return AsyncLLM.over(served_engine(session.configured, session.host), sinks)

@@ -59,6 +59,10 @@ class EngineConfig(BaseModel):
     """Seed of requests that bring none."""
     deterministic: bool = at("engine.deterministic", False)
     """A request's tokens do not depend on what else is in the batch; slower."""
+    process: bool = at("engine.process", False)
+    """Run the engine in a process of its own, which is restarted if it dies; `quire serve` does."""
+    step_timeout: Count = at("engine.step_timeout", 300, ge=1, le=86_400)
+    """With process: seconds after which a step that has not ended counts as hung, and the process is restarted."""
     block_size: Count = at("engine.kv_cache.block_size", 16, ge=1, le=1024)
     """Tokens per KV block."""
     num_kv_blocks: Annotated[Count, Field(ge=2, le=1 << 31)] | None = at("engine.kv_cache.num_blocks", None)
@@ -217,6 +221,14 @@ def with_defaults(
             continue
         values[name], origins[name] = value, f"plugin {plugin}"
     return Configured(make_config(values), origins, configured.sections)
+
+
+def preset(configured: Configured, values: Mapping[str, Any], origin: str) -> Configured:
+    """Fill fields that the user left open with values that `origin` wants by itself."""
+    said = {name: getattr(configured.config, name) for name in configured.origins}
+    left_open = {name: value for name, value in values.items() if name not in said}
+    origins = {**configured.origins, **dict.fromkeys(left_open, origin)}
+    return Configured(make_config(said | left_open), origins, configured.sections)
 
 
 def read_file(path: Path) -> dict[str, Any]:

@@ -88,6 +88,11 @@ class PluginHost(Catalog):
             self._take(source)
         self._check_names()
 
+    @property
+    def options(self) -> HostOptions:
+        """Which plugins were to be loaded."""
+        return self._options
+
     # Loading ----------------------------------------------------------------------------------
 
     def _take(self, source: PluginSource) -> None:

@@ -49,7 +49,8 @@ def serve(
     if missing:
         remedy = "pip install 'quire[server]'"
         raise ConfigError(f"serving needs packages that are not installed: {', '.join(missing)}", remedy=remedy)
-    session = open_session(context, options if model is None else {**options, "model": model})
+    options = options if model is None else {**options, "model": model}
+    session = open_session(context, options, own_defaults={"process": True})
     given = session.configured.sections.get("server", {})
     queue = None if max_requests is None else {**given.get("queue", {}), "max_requests": max_requests}
     settings = session.section(

@@ -9,8 +9,8 @@ from quire.config import EngineConfig
 from quire.config_values import describe, from_text, parse_count
 from quire.errors import ConfigError
 
-INTEGERS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "seed", "block_size", "num_kv_blocks",
-            "kv_cache_memory")  # fmt: skip
+INTEGERS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "seed", "step_timeout", "block_size",
+            "num_kv_blocks", "kv_cache_memory")  # fmt: skip
 
 
 @pytest.mark.parametrize(

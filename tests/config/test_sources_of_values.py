@@ -82,6 +82,7 @@ def test_every_field_can_be_set_from_every_source(tmp_path):
         "max_model_len": "4k",
         "kv_cache_memory": "1MiB",
         "deterministic": "true",
+        "process": "true",
         "enable_prefix_caching": "false",
         "ops": "{default: torch}",
         "plugin_options": "{radix: {a: 1}}",
@@ -90,7 +91,7 @@ def test_every_field_can_be_set_from_every_source(tmp_path):
         "allowed_plugins": "[cpu_ref]",
         "blocked_plugins": "[quant]",
     }
-    numbers = {"max_num_seqs", "max_num_batched_tokens", "seed", "block_size"}
+    numbers = {"max_num_seqs", "max_num_batched_tokens", "seed", "step_timeout", "block_size"}
     fields = [name for name in EngineConfig.model_fields if name != "num_kv_blocks"]
     texts = {name: texts.get(name, "7" if name in numbers else f"a-{name}") for name in fields}
     tree: dict = {}

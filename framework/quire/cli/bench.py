@@ -50,7 +50,7 @@ def register(app: typer.Typer) -> None:
     app.command()(bench)
 
 
-@engine_flags("model")
+@engine_flags("model", "process", "step_timeout")
 def bench(
     context: typer.Context,
     options: dict[str, Any],

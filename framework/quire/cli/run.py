@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
     app.command()(run)
 
 
-@engine_flags("model")
+@engine_flags("model", "process", "step_timeout")
 def run(
     context: typer.Context,
     options: dict[str, Any],

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from pydantic import BaseModel
 
-from quire.config import Configured, configure, core_sections, with_defaults
+from quire.config import Configured, configure, core_sections, preset, with_defaults
 from quire.config_sections import check_sections, read_section
 from quire.registry import HostOptions, PluginHost, build_host
 
@@ -60,10 +60,21 @@ class Session:
         return read_section(name, values, self.host.config_sections()[name])
 
 
-def open_session(context: typer.Context, options: Mapping[str, Any]) -> Session:
-    """Merge flags, environment and file, load the plugins, add what they suggest. Raises ConfigError."""
+def open_session(
+    context: typer.Context, options: Mapping[str, Any], own_defaults: Mapping[str, Any] | None = None
+) -> Session:
+    """Merge flags, environment and file, load the plugins, add what they suggest.
+
+    Args:
+        context: of the command. options: its flags.
+        own_defaults: fields that this command sets otherwise than the core if the user leaves them open.
+
+    Raises:
+        ConfigError: something is not allowed; says where it came from.
+    """
     chosen: Globals = context.obj
     configured = configure(options, file=chosen.config, origin="flag")
+    configured = preset(configured, own_defaults or {}, f"quire {context.info_name}")
     host = _host(chosen, configured)
     check_sections(configured.sections, host.config_sections(), core_sections())
     suggested = host.config_defaults(configured.config.model_dump())

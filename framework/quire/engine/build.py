@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,17 @@ def build_engine(
     Raises:
         ConfigError: it cannot run; the message says why and what to do.
     """
+    configured = configured_by(model, options, config)
+    return engine_from(configured, host or host_for(configured.config))
+
+
+def configured_by(model: str | None, options: Mapping[str, Any], config: EngineConfig | None) -> Configured:
+    """The configuration of a model and options, or a complete one. Raises ConfigError."""
     if config is not None and (model is not None or options):
         raise ConfigError("give either a complete config or a model with options, not both")
     if config is None:
-        configured = configure(dict(options) | ({"model": model} if model is not None else {}))
-    else:
-        said = {name: getattr(config, name) for name in config.model_fields_set}
-        configured = Configured(config, dict.fromkeys(said, "argument"))
-    return engine_from(configured, host or host_for(configured.config))
+        return configure(dict(options) | ({"model": model} if model is not None else {}))
+    return Configured(config, dict.fromkeys(config.model_fields_set, "argument"))
 
 
 def host_for(config: EngineConfig) -> PluginHost:
@@ -63,19 +67,41 @@ def host_for(config: EngineConfig) -> PluginHost:
     return build_host(HostOptions(blocked=frozenset(config.blocked_plugins), allowed=allowed))
 
 
-def engine_from(configured: Configured, host: PluginHost) -> Engine:
-    """An engine from a configuration and loaded plugins."""
+@dataclass(frozen=True, slots=True)
+class Front:
+    """What meets a request before the engine does: it needs the checkpoint's texts, not its weights."""
+
+    config: ResolvedConfig
+    tokenizer: Tokenizer
+    intake: Intake
+    chat: ChatFormat
+
+
+def build_front(configured: Configured, host: PluginHost) -> Front:
+    """Decide the configuration and read the tokenizer. Raises ConfigError."""
     check_sections(configured.sections, host.config_sections(), core_sections())
     configured = with_defaults(configured, host.config_defaults(configured.config.model_dump()), host.complain)
     checkpoint = resolve_checkpoint(configured.config.model, configured.config.revision)
-    resolved = resolve(configured, host, checkpoint)
-    tokenizer = build_tokenizer(resolved)
-    executor = _construct(resolved, host, "executor", lambda options: ExecutorInit(resolved, host, options))
+    config = resolve(configured, host, checkpoint)
+    tokenizer = build_tokenizer(config)
+    intake = Intake(tokenizer, _limits(config, tokenizer), time.monotonic)
+    return Front(config, tokenizer, intake, _chat_format(config, host, tokenizer))
+
+
+def engine_from(configured: Configured, host: PluginHost) -> Engine:
+    """An engine in this process, from a configuration and loaded plugins. Raises ConfigError."""
+    if configured.config.process:
+        raise ConfigError(
+            "engine.process is set; only a server's engine runs in a process of its own",
+            remedy="leave engine.process out, or use `quire serve` or AsyncLLM",
+        )
+    front = build_front(configured, host)
+    executor = _construct(front.config, host, "executor", lambda options: ExecutorInit(front.config, host, options))
     executor.start()
     budget = executor.kv_budget()
-    blocks = num_kv_blocks(resolved, budget)
+    blocks = num_kv_blocks(front.config, budget)
     executor.allocate_kv(blocks)
-    engine = Engine(_parts(resolved, host, tokenizer, executor, blocks))
+    engine = Engine(_parts(front, host, executor, blocks))
     host.notify("quire_on_engine_start", engine=engine.info())
     return engine
 
@@ -143,10 +169,8 @@ def build_pipeline(config: ResolvedConfig, host: PluginHost, vocab_size: int) ->
     return SamplingPipeline(sampler.target(init(sampler)), processors, init(sampler))
 
 
-def _parts(
-    config: ResolvedConfig, host: PluginHost, tokenizer: Tokenizer, executor: Executor, blocks: int
-) -> EngineParts:
-    clock = time.monotonic
+def _parts(front: Front, host: PluginHost, executor: Executor, blocks: int) -> EngineParts:
+    config, clock = front.config, time.monotonic
     allocator: KVAllocator = _construct(
         config,
         host,
@@ -177,10 +201,10 @@ def _parts(
         executor=executor,
         allocator=allocator,
         scheduler=scheduler,
-        tokenizer=tokenizer,
-        intake=Intake(tokenizer, _limits(config, tokenizer), clock),
+        tokenizer=front.tokenizer,
+        intake=front.intake,
         metrics=Metrics(sinks, clock),
-        chat=_chat_format(config, host, tokenizer),
+        chat=front.chat,
         on_step=_step_hook(host),
         num_kv_blocks=blocks,
     )

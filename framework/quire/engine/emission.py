@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from quire.contract.request import FinishReason, TokenLogprobs
 from quire.contract.scheduling import RequestUpdate
-from quire.engine.intake import Submission, sequence_id
+from quire.engine.intake import Submission, sequence_id, sequence_index
 from quire.outputs import Logprob, OutputDelta, PositionLogprobs
 from quire.tokenizer import Tokenizer
 from quire.tokenizer.detokenizer import IncrementalDetokenizer
@@ -44,23 +44,27 @@ class Emission:
         self._tokenizer = tokenizer
         self._finish = finish
         self._sequences: dict[str, _Sequence] = {}
+        self._groups: dict[str, _Group] = {}
 
     def begin(self, submission: Submission) -> None:
-        """A request was accepted."""
-        group = _Group(submission.request_id, len(submission.prompt_token_ids))
-        for index, request in enumerate(submission.sequences):
+        """A request was accepted. Text of tokens that its sequences bring along has been told before."""
+        key = submission.request_id
+        group = self._groups[key] = _Group(key, len(submission.prompt_token_ids))
+        for request in submission.sequences:
             detokenizer = IncrementalDetokenizer(self._tokenizer, submission.params, submission.prompt_token_ids)
+            detokenizer.update(request.output_token_ids, finished=False)
+            index = sequence_index(request.request_id)
             self._sequences[request.request_id] = _Sequence(group, index, detokenizer)
             group.live.add(index)
 
     def live_ids(self) -> list[str]:
         """Ids of the requests that have not had their final event."""
-        return list(dict.fromkeys(sequence.group.request_id for sequence in self._sequences.values()))
+        return list(self._groups)
 
-    def sequence_ids(self, request_id: str, n: int) -> list[str]:
-        """Ids of a request's sequences that have not ended."""
-        ids = (sequence_id(request_id, index) for index in range(n))
-        return [key for key in ids if key in self._sequences]
+    def sequence_ids(self, request_id: str) -> list[str]:
+        """Ids of a request's sequences that have not ended; none if it is unknown, or has ended."""
+        group = self._groups.get(request_id)
+        return [] if group is None else [sequence_id(request_id, index) for index in sorted(group.live)]
 
     def process(self, updates: Iterable[RequestUpdate]) -> list[OutputDelta]:
         """Deltas for a step's updates, in order."""
@@ -117,6 +121,8 @@ class Emission:
         group = sequence.group
         del self._sequences[key]
         group.live.discard(sequence.index)
+        if not group.live:
+            del self._groups[group.request_id]
         return OutputDelta(
             group.request_id,
             sequence.index,

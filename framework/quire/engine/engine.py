@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from quire.contract.executor import Executor
 from quire.contract.kv import KVAllocator, KVStats
-from quire.contract.metrics import StepStats
+from quire.contract.metrics import MetricsSink, StepStats
 from quire.contract.request import FinishReason, Request, RowResult, Schedule, StepResult
 from quire.contract.scheduling import Scheduler, SchedulerStats
 from quire.engine.chat import ChatFormat
@@ -56,9 +56,34 @@ class Engine:
     def __init__(self, parts: EngineParts) -> None:
         self.parts = parts
         self._emission = Emission(parts.tokenizer, self._finish)
-        self._num_sequences: dict[str, int] = {}
         self._failed_steps = 0
         self.last_step: StepStats | None = None
+
+    @property
+    def config(self) -> ResolvedConfig:
+        """What runs."""
+        return self.parts.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.parts.tokenizer
+
+    @property
+    def chat(self) -> ChatFormat:
+        """Renders conversations, and parses answers."""
+        return self.parts.chat
+
+    def attach(self, post: Callable[[Callable[[], None]], None]) -> None:
+        """Nothing to do: all that happens here happens in `step`."""
+
+    def add_sink(self, name: str, sink: MetricsSink) -> None:
+        """Feed one more metrics sink from now on."""
+        self.parts.metrics.add(name, sink)
+
+    def health(self) -> str | None:
+        """None if the executor can serve, else the reason why not."""
+        return self.parts.executor.health()
 
     def prepare(
         self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
@@ -68,7 +93,7 @@ class Engine:
 
     def add(self, submission: Submission) -> None:
         """Accept a prepared request. Raises RequestError if it can never run or its id is taken."""
-        if submission.request_id in self._num_sequences:
+        if self._emission.sequence_ids(submission.request_id):
             raise RequestError(f"request id {submission.request_id!r} is in use", param="request_id")
         added: list[Request] = []
         try:
@@ -79,7 +104,6 @@ class Engine:
             for request in added:
                 self.parts.scheduler.finish(request.request_id, FinishReason.ABORT)
             raise
-        self._num_sequences[submission.request_id] = len(submission.sequences)
         self._emission.begin(submission)
 
     def abort(self, request_id: str) -> list[OutputDelta]:
@@ -100,7 +124,7 @@ class Engine:
         result = self._execute(schedule)
         executed = time.perf_counter()
         updates = parts.scheduler.update(schedule, result)
-        deltas = self._deliver(self._emission.process(updates))
+        deltas = self._emission.process(updates)
         times = StepTimes(scheduled - started, time.perf_counter() - executed)
         if not schedule.is_empty:
             stats = step_stats(schedule, result, updates, times, parts.scheduler, parts.allocator)
@@ -118,14 +142,7 @@ class Engine:
 
     def info(self) -> EngineFacade:
         """What serves, and how much it can hold."""
-        config = self.parts.config
-        return EngineFacade(
-            model=config.checkpoint.name,
-            max_model_len=config.max_model_len,
-            num_kv_blocks=self.parts.num_kv_blocks,
-            block_size=config.block_size,
-            selected={point: choice.provider.name for point, choice in config.selected.items()},
-        )
+        return engine_info(self.parts.config, self.parts.num_kv_blocks)
 
     def kv_stats(self) -> KVStats:
         """The KV pool's snapshot."""
@@ -171,17 +188,21 @@ class Engine:
             self.parts.metrics.finished(request)
 
     def _end(self, request_id: str, reason: FinishReason, error: str | None) -> list[OutputDelta]:
-        n = self._num_sequences.get(request_id, 0)
         deltas = []
-        for key in self._emission.sequence_ids(request_id, n):
+        for key in self._emission.sequence_ids(request_id):
             self._finish(key, reason)
             delta = self._emission.end(key, reason, error)
             if delta is not None:
                 deltas.append(delta)
-        return self._deliver(deltas)
-
-    def _deliver(self, deltas: list[OutputDelta]) -> list[OutputDelta]:
-        for delta in deltas:
-            if delta.finished:
-                del self._num_sequences[delta.request_id]
         return deltas
+
+
+def engine_info(config: ResolvedConfig, num_kv_blocks: int) -> EngineFacade:
+    """What serves with a configuration, and how much it can hold."""
+    return EngineFacade(
+        model=config.checkpoint.name,
+        max_model_len=config.max_model_len,
+        num_kv_blocks=num_kv_blocks,
+        block_size=config.block_size,
+        selected={point: choice.provider.name for point, choice in config.selected.items()},
+    )

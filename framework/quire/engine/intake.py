@@ -20,7 +20,11 @@ PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "cache_salt"})
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """One accepted request: its n sequences, and what its output begins with."""
+    """One accepted request: its n sequences, and what its output begins with.
+
+    A request that is taken up again brings only the sequences that have not ended, with the tokens
+    that they had: those are not told a second time.
+    """
 
     request_id: str
     prompt: str | None
@@ -134,6 +138,11 @@ class Intake:
 def sequence_id(request_id: str, index: int) -> str:
     """Id of one of a request's n sequences inside the engine."""
     return f"{request_id}#{index}"
+
+
+def sequence_index(key: str) -> int:
+    """Which of its request's sequences an id of `sequence_id` names."""
+    return int(key.rpartition("#")[2])
 
 
 def _token_ids(ids: object) -> tuple[int, ...]:

@@ -78,6 +78,10 @@ class Metrics:
             first_token_s=None if first is None else first - arrived,
             total_s=now - arrived,
         )
+        self.request(stats)
+
+    def request(self, stats: RequestStats) -> None:
+        """A request has ended, with these statistics."""
         for entry in self._sinks:
             self._guard(entry, lambda sink: sink.record_request(stats))
 
