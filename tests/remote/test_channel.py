@@ -1,5 +1,6 @@
 """The wire: whole messages or a typed error, whatever arrives."""
 
+import contextlib
 import socket
 
 import msgspec
@@ -80,9 +81,8 @@ def test_whatever_arrives_is_a_message_or_a_typed_error(data):
         channel = Channel(ours, ToParent)
         theirs.sendall(LENGTH.pack(len(data)) + data)
         theirs.close()
-        with pytest.raises(ChannelClosed):
-            while True:
-                channel.receive(1.0)
+        with contextlib.suppress(ChannelClosed):
+            assert isinstance(channel.receive(1.0), ToParent)
 
 
 @given(
