@@ -20,6 +20,7 @@ from quire.contract.request import NewRow, RowResult, Schedule, ScheduledRow, St
 from quire.contract.sampling import ProcessorRequest
 from quire.engine.batch import BatchBuilder, StepInputs
 from quire.engine.dispatcher import GraphDispatcher
+from quire.engine.isolate import isolate
 from quire.engine.rows import RowTable
 from quire.sampling.pipeline import SamplingPipeline, SamplingResult, prompt_logprobs
 
@@ -42,6 +43,21 @@ class RunnerParts:
     block_size: int
 
 
+@dataclass(slots=True)
+class _Times:
+    """Where a step's seconds went; `since`: when the present part began."""
+
+    since: float
+    build: float = 0.0
+    forward: float = 0.0
+    sample: float = 0.0
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        took, self.since = now - self.since, now
+        return took
+
+
 class Runner:
     """Executes schedules, one at a time."""
 
@@ -55,26 +71,31 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, schedule: Schedule) -> StepResult:
-        """Execute one schedule. Anything that goes wrong for all rows at once is raised."""
+        """Execute one schedule. What goes wrong for single rows is their result; what does for all is raised."""
         started = time.perf_counter()
         self._apply(schedule)
         if schedule.is_empty:
             return StepResult(schedule.step_id)
-        key = self._pick(schedule.rows)
-        inputs = self._builder.build(schedule.rows, key)
-        built = time.perf_counter()
+        times = _Times(started)
+        try:
+            rows = self._run_rows(schedule.rows, times)
+        except Exception as error:
+            if len(schedule.rows) == 1:
+                raise
+            rows = isolate(schedule.rows, error, lambda part: self._run_rows(part, times))
+        return StepResult(schedule.step_id, rows, build_s=times.build, forward_s=times.forward, sample_s=times.sample)
+
+    def _run_rows(self, rows: Sequence[ScheduledRow], times: _Times) -> tuple[RowResult, ...]:
+        key = self._pick(rows)
+        inputs = self._builder.build(rows, key)
+        times.build += times.lap()
         hidden = self._forward(inputs, key)
-        forwarded = time.perf_counter()
-        sampled = self._sample(schedule.rows, hidden, inputs)
-        prompts = self._prompt_logprobs(schedule.rows, hidden, inputs)
-        rows = self.collect(schedule.rows, sampled, prompts)
-        return StepResult(
-            schedule.step_id,
-            rows,
-            build_s=built - started,
-            forward_s=forwarded - built,
-            sample_s=time.perf_counter() - forwarded,
-        )
+        times.forward += times.lap()
+        sampled = self._sample(rows, hidden, inputs)
+        prompts = self._prompt_logprobs(rows, hidden, inputs)
+        results = self.collect(rows, sampled, prompts)
+        times.sample += times.lap()
+        return results
 
     def _apply(self, schedule: Schedule) -> None:
         for slot in schedule.released:
