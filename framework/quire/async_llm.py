@@ -98,6 +98,11 @@ class AsyncLLM:
         """What serves, and how much it can hold."""
         return self._engine.info()
 
+    @property
+    def cause_of_death(self) -> str | None:
+        """Why the engine can serve no more; None while it can, or after an orderly shutdown."""
+        return None if self._dead is None else f"the engine has ended: {self._dead}"
+
     def resolved_config(self) -> dict[str, Any]:
         """Every field of the configuration, decided; secrets are masked."""
         return self._engine.config.to_dict()
@@ -198,8 +203,8 @@ class AsyncLLM:
         self._engine.shutdown()
 
     def _check_alive(self) -> None:
-        if self._dead is not None:
-            raise EngineDead(f"the engine has ended: {self._dead}")
+        if (cause := self.cause_of_death) is not None:
+            raise EngineDead(cause)
         if self._stopping:
             raise EngineDead("the engine has been shut down")
 

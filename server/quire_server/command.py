@@ -15,6 +15,8 @@ from quire.plugin import MetricsInit
 from quire_server.settings import ServerSettings
 
 PANEL = "Server"
+ENGINE_LOST = 70
+"""Exit code of a server whose engine could not be kept alive; EX_SOFTWARE of sysexits.h."""
 NEEDED = ("fastapi", "uvicorn", "orjson", "prometheus_client")
 
 
@@ -94,6 +96,8 @@ def _serve(session: Session, settings: ServerSettings) -> None:
         if settings.host not in ("127.0.0.1", "::1", "localhost") and settings.uds is None and not keys:
             note("warning: anybody who reaches this address may use the server; set server.api_keys_file")
         Listener(create_app(state), state).serve_on(socket)
+        if llm.cause_of_death is not None:
+            raise typer.Exit(ENGINE_LOST)
     finally:
         llm.shutdown()
 

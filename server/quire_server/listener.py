@@ -20,7 +20,9 @@ logger = logging.getLogger("quire.server")
 
 BACKLOG = 2048
 POLL = 0.05
-"""Seconds between two looks at whether all requests have ended."""
+"""Seconds between two looks at whether all requests, or the engine, have ended."""
+LAST_WORDS = 1.0
+"""Seconds in which a server without an engine still tells its clients so."""
 
 
 def open_socket(settings: ServerSettings) -> sockets.socket:
@@ -71,6 +73,7 @@ class Listener(uvicorn.Server):
         self._state = state
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._told = False
 
     def serve_on(self, listening: sockets.socket) -> None:
@@ -93,7 +96,17 @@ class Listener(uvicorn.Server):
 
     async def startup(self, sockets: list[sockets.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        self._watching = asyncio.ensure_future(self._watch_engine())
         await super().startup(sockets)
+
+    async def _watch_engine(self) -> None:
+        """A server whose engine is dead for good must end, so that whoever started it can start another."""
+        while not self.should_exit:
+            if (cause := self._state.llm.cause_of_death) is not None:
+                logger.error("%s; the server ends", cause)
+                await asyncio.sleep(LAST_WORDS)
+                self.should_exit = True
+            await asyncio.sleep(POLL)
 
     def _begin_drain(self) -> None:
         self._draining = self._draining or asyncio.ensure_future(self._drain())

@@ -100,3 +100,18 @@ def test_health_is_told_while_there_is_no_child(serve, child):
                 break
         assert 503 in seen
         assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_a_server_whose_engine_is_dead_for_good_says_so_and_ends(serve, monkeypatch):
+    llm = AsyncLLM(num_kv_blocks=50, dtype="float32")
+    with serve(llm) as (url, _, listener):
+        monkeypatch.setattr(llm.engine, "step", lambda: 1 / 0)
+        whole = httpx.post(f"{url}/v1/completions", json={"prompt": "x"})
+        assert whole.status_code == 503
+        assert httpx.get(f"{url}/health").status_code == 503
+        deadline = time.monotonic() + 10
+        while not listener.should_exit and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert listener.should_exit
+    assert "division by zero" in llm.cause_of_death
+    llm.shutdown()
