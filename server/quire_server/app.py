@@ -17,6 +17,7 @@ from quire_server.errors import ApiError, ErrorEnvelope, as_api_error
 from quire_server.middleware import ApiKey, BodyLimit, RequestId, answer
 from quire_server.routes import openai, operations
 from quire_server.state import ServerState
+from quire_server.tracing import Tracing, otlp_provider
 
 ERRORS: Mapping[int | str, dict[str, Any]] = {
     400: {"model": ErrorEnvelope, "description": "Something in the request cannot be honoured."},
@@ -30,8 +31,16 @@ MAX_SHOWN = 120
 """Characters of a bad value that an error shows."""
 
 
-def create_app(state: ServerState) -> FastAPI:
-    """Routes, error handlers and middleware around a served model. Raises OSError for an unreadable key file."""
+def create_app(state: ServerState, tracer_provider: Any = None) -> FastAPI:
+    """Routes, error handlers and middleware around a served model.
+
+    Args:
+        state: what the routes share.
+        tracer_provider: OpenTelemetry's, which is given a span per request; None: as the settings say.
+
+    Raises:
+        OSError: a key file cannot be read. ConfigError: traces are wanted and OpenTelemetry is missing.
+    """
     app = FastAPI(title="Quire", version=__version__, docs_url=None, redoc_url=None)
     app.state.server = state
     for router in (openai.router, operations.router):
@@ -48,6 +57,10 @@ def create_app(state: ServerState) -> FastAPI:
     if state.settings.cors_origins:
         origins = list(state.settings.cors_origins)
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    if tracer_provider is None and state.settings.otlp_endpoint is not None:
+        tracer_provider = otlp_provider(state.settings.otlp_endpoint)
+    if tracer_provider is not None:
+        app.add_middleware(Tracing, provider=tracer_provider)
     app.add_middleware(RequestId, settings=state.settings)
     return app
 

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
-from quire import AsyncLLM
 from starlette.responses import Response
 
 from quire_server import sse
@@ -61,16 +60,28 @@ class Call:
         """Send the events as they come. Raises ApiError if there is no place for the request."""
         place = contextlib.ExitStack()
         place.enter_context(self._state.admission.admit(job.num_prompt_tokens))
-        chunks = _encoded(self._state.llm, job, encoder)
+        chunks = _encoded(self._told(job), encoder)
         return sse.EventStream(chunks, self._state.limits, self._headers, place)
 
     async def events(self, job: Job) -> list[Event]:
         """All events, for an answer that is sent at once. Raises ApiError if there is no place, or it fails."""
         with self._state.admission.admit(job.num_prompt_tokens):
-            produced: list[Event] = await _unless_disconnected(self._request, _all(self._state.llm, job))
+            produced: list[Event] = await _unless_disconnected(self._request, _all(self._told(job)))
         if produced and isinstance(produced[-1], Failure):
             raise ApiError(503, f"{APOLOGY} {produced[-1].message}")
         return produced
+
+    async def _told(self, job: Job) -> AsyncGenerator[Event]:
+        """The job's events, which the request's trace is told of, if there is one."""
+        trace = getattr(self._request.state, "trace", None)
+        if trace is not None:
+            operation = "chat" if job.parsers else "text_completion"
+            trace.begin(self.meta.model, operation, job.submissions[0].params)
+        async with contextlib.aclosing(events(self._state.llm, job)) as stream:
+            async for event in stream:
+                if trace is not None:
+                    trace.take(event)
+                yield event
 
     def answer(self, content: dict[str, Any]) -> Response:
         """The answer, sent at once."""
@@ -83,16 +94,16 @@ def _printable(names: Sequence[str]) -> str:
     return ", ".join(shown)
 
 
-async def _all(llm: AsyncLLM, job: Job) -> list[Event]:
-    async with contextlib.aclosing(events(llm, job)) as stream:
-        return [event async for event in stream]
+async def _all(produced: AsyncGenerator[Event]) -> list[Event]:
+    async with contextlib.aclosing(produced):
+        return [event async for event in produced]
 
 
-async def _encoded(llm: AsyncLLM, job: Job, encoder: sse.Encoder) -> AsyncGenerator[bytes]:
+async def _encoded(produced: AsyncGenerator[Event], encoder: sse.Encoder) -> AsyncGenerator[bytes]:
     for part in encoder.encoded(encoder.begin()):
         yield part
-    async with contextlib.aclosing(events(llm, job)) as stream:
-        async for event in stream:
+    async with contextlib.aclosing(produced):
+        async for event in produced:
             for part in encoder.encoded(encoder.feed(event)):
                 yield part
             if isinstance(event, Failure):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from quire_server.events import (
     Usage,
     Whole,
 )
+
+logger = logging.getLogger("quire.server")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,10 @@ async def events(llm: AsyncLLM, job: Job) -> AsyncGenerator[Event]:
         yield Failure(f"the request {problem} and was ended")
     except QuireError as error:
         yield Failure(error.message)
+    except Exception as error:
+        # A parser is a plugin's, and reads what a model wrote: what it breaks is this request alone.
+        logger.exception("an output could not be read")
+        yield Failure(f"the output could not be read: {type(error).__name__}")
     finally:
         await deltas.aclose()
 

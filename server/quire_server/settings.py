@@ -65,6 +65,8 @@ class ServerSettings(_Section):
     """Log one line per request."""
     quiet_paths: tuple[str, ...] = ("/health", "/ready", "/metrics")
     """Paths that are not logged."""
+    otlp_endpoint: str | None = None
+    """URL of an OpenTelemetry collector, such as http://localhost:4318/v1/traces; needs the extra `otel`."""
     queue: QueueSettings = QueueSettings()
     """Admission."""
     drain: DrainSettings = DrainSettings()
