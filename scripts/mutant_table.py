@@ -9,6 +9,7 @@ SCHEDULING = "tests/scheduling"
 SAMPLING = "tests/sampling"
 BATCH = "tests/engine/test_batch_and_dispatch.py"
 TEXT = "tests/tokenizer"
+REMOTE = "tests/remote/test_remote_engine.py"
 DETERMINISTIC = "tests/engine/test_deterministic.py"
 
 
@@ -30,6 +31,7 @@ RADIX = "framework/quire/kv/radix.py"
 CONTINUOUS = "framework/quire/scheduling/continuous.py"
 SAMPLER = "framework/quire/sampling/sampler.py"
 PROCESSORS = "framework/quire/sampling/processors.py"
+LEDGER = "framework/quire/remote/ledger.py"
 BUILDER = "framework/quire/engine/batch.py"
 DETOKENIZER = "framework/quire/tokenizer/detokenizer.py"
 
@@ -256,5 +258,47 @@ MUTANTS = (
         "range(first // TILE * TILE, lengths[row], TILE)",
         "range(first, lengths[row], TILE)",
         DETERMINISTIC,
+    ),
+    Mutant(
+        "remote: replay forgets the tokens that were told",
+        LEDGER,
+        "output_token_ids=self.sequences[index].token_ids",
+        "output_token_ids=[]",
+        REMOTE,
+    ),
+    Mutant(
+        "remote: prompt log probabilities are told twice",
+        LEDGER,
+        "sequence.to_skip = sequence.num_prompt_logprobs",
+        "sequence.to_skip = 0",
+        REMOTE,
+    ),
+    Mutant(
+        "remote: text told before is told again",
+        "framework/quire/engine/emission.py",
+        "detokenizer.update(request.output_token_ids, finished=False)",
+        "pass",
+        REMOTE,
+    ),
+    Mutant(
+        "remote: a child that hangs is waited for",
+        "framework/quire/remote/supervisor.py",
+        "elif message.busy_s > self._step_timeout:",
+        "elif False:",
+        REMOTE,
+    ),
+    Mutant(
+        "remote: a request that kills children is replayed for ever",
+        "framework/quire/remote/engine.py",
+        "if live.num_losses > MAX_LOSSES:",
+        "if False:",
+        REMOTE,
+    ),
+    Mutant(
+        "isolate: the culprit's half ends with it",
+        "framework/quire/engine/isolate.py",
+        "if len(rows) > 1 and self._num_culprits < MAX_CULPRITS:",
+        "if len(rows) > 2 and self._num_culprits < MAX_CULPRITS:",
+        "tests/engine/test_isolate.py",
     ),
 )

@@ -18,10 +18,10 @@ from pathlib import Path
 from mutant_table import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("framework", "plugins", "tests", "scripts", "pyproject.toml")
+COPIED = ("framework", "plugins", "server", "tests", "scripts", "pyproject.toml")
 LIMIT_S = 150
 """A fault that makes the tests hang for so long has been noticed."""
-PACKAGES = ("framework", "plugins/cpu_ref", "plugins/quant")
+PACKAGES = ("framework", "plugins/cpu_ref", "plugins/quant", "server")
 
 
 def is_killed(mutant: Mutant, tree: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from quire.async_llm import AsyncLLM
 from quire.config import EngineConfig
+from quire.engine.chat import ChatFormat, ChatPrompt
 from quire.engine.intake import Submission
 from quire.errors import (
     ConfigError,
@@ -22,6 +23,8 @@ from quire.version import __version__
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "ChatFormat",
+    "ChatPrompt",
     "CompletionOutput",
     "ConfigError",
     "EngineConfig",

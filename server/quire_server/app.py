@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from quire_server.errors import ApiError, ErrorEnvelope, as_api_error
 from quire_server.middleware import ApiKey, BodyLimit, RequestId, answer
-from quire_server.routes import openai, operations
+from quire_server.routes import anthropic, openai, operations
 from quire_server.state import ServerState
 from quire_server.tracing import Tracing, otlp_provider
 
@@ -43,7 +43,7 @@ def create_app(state: ServerState, tracer_provider: Any = None) -> FastAPI:
     """
     app = FastAPI(title="Quire", version=__version__, docs_url=None, redoc_url=None)
     app.state.server = state
-    for router in (openai.router, operations.router):
+    for router in (openai.router, anthropic.router, operations.router):
         app.include_router(router, responses=dict(ERRORS))
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     app.add_exception_handler(ApiError, _api_error)
@@ -77,7 +77,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
-    return answer(as_api_error(error))
+    return answer(as_api_error(error), request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -85,10 +85,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path[:MAX_SHOWN]}"
     if error.status_code == 404:
-        return answer(ApiError(404, f"Invalid URL ({where})", code="unknown_url"))
-    if error.status_code == 405:
-        return answer(ApiError(405, f"Not allowed: {where}", code="method_not_supported", headers=_headers(error)))
-    return answer(ApiError(error.status_code, str(error.detail), headers=_headers(error)))
+        found = ApiError(404, f"Invalid URL ({where})", code="unknown_url")
+    elif error.status_code == 405:
+        found = ApiError(405, f"Not allowed: {where}", code="method_not_supported", headers=_headers(error))
+    else:
+        found = ApiError(error.status_code, str(error.detail), headers=_headers(error))
+    return answer(found, request.url.path)
 
 
 def _headers(error: HTTPException) -> dict[str, str]:
@@ -96,23 +98,27 @@ def _headers(error: HTTPException) -> dict[str, str]:
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
-    """The first thing that is wrong with a body, by field, value and what is allowed."""
     assert isinstance(error, RequestValidationError)
+    return answer(_first_problem(error), request.url.path)
+
+
+def _first_problem(error: RequestValidationError) -> ApiError:
+    """What is wrong with a body, by field, value and what is allowed."""
     first: Any = _most_telling(error.errors())
     kind, place = first["type"], first["loc"][1:]
     if kind == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")
-        return answer(ApiError(400, f"We could not parse the JSON body of your request. {reason}".strip()))
+        return ApiError(400, f"We could not parse the JSON body of your request. {reason}".strip())
     if not place:
-        return answer(ApiError(400, "The body must be a JSON object.", code="invalid_type"))
+        return ApiError(400, "The body must be a JSON object.", code="invalid_type")
     param = _dotted(place)
     if kind == "missing":
-        return answer(ApiError(400, f"{param} is missing", param=param, code="missing_required_parameter"))
+        return ApiError(400, f"{param} is missing", param=param, code="missing_required_parameter")
     shown = repr(first["input"])
     shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
     reason = first["msg"][:1].lower() + first["msg"][1:]
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
-    return answer(ApiError(400, f"{param} is {shown}: {reason}", param=param, code=code))
+    return ApiError(400, f"{param} is {shown}: {reason}", param=param, code=code)
 
 
 def _most_telling(errors: Sequence[Any]) -> Any:
@@ -126,5 +132,5 @@ def _dotted(place: Sequence[Any]) -> str:
     return ".".join(part for part in parts if part.startswith("[") or (part.isidentifier() and part not in _BRANCHES))
 
 
-_BRANCHES = frozenset({"str", "int", "TextPart", "list"})
+_BRANCHES = frozenset({"str", "int", "TextPart", "Block", "list"})
 """What pydantic adds to a place to say which branch of a union it means."""

@@ -11,6 +11,13 @@ from quire import EngineError, RequestError
 logger = logging.getLogger(__name__)
 
 INVALID, SERVER = "invalid_request_error", "server_error"
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 APOLOGY = "The server had an error while processing your request."
 
 
@@ -58,6 +65,11 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The envelope."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def anthropic_body(self) -> dict[str, Any]:
+        """The same as Anthropic writes it."""
+        kind = ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else INVALID)
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
 
 
 def overloaded(message: str, *, seconds: int = 1, status: int = 503) -> ApiError:

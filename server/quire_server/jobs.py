@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quire import AsyncLLM, RequestError, SamplingParams, Submission
+from quire import AsyncLLM, ChatPrompt, RequestError, SamplingParams, Submission
 from quire.plugin import OutputParser
 
 from quire_server.errors import ApiError, too_long
@@ -21,15 +21,8 @@ COMPLETION_TOKENS = 16
 
 def chat_job(llm: AsyncLLM, settings: ServerSettings, body: ChatRequest, request_id: str) -> Job:
     """Render and check a conversation. Raises ApiError or RequestError."""
-    messages = [as_template_message(index, message) for index, message in enumerate(body.messages)]
-    tools = template_tools(body.tools) if body.tool_choice != "none" else []
-    prompt = llm.chat.prompt(
-        messages,
-        tools=tools,
-        add_generation_prompt=body.add_generation_prompt is not False,
-        continue_final_message=bool(body.continue_final_message),
-        **template_arguments(body),
-    )
+    prompt = chat_prompt(llm, body)
+    tools = shown_tools(body)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     params = body.sampling(
         llm.sampling_defaults,
@@ -41,6 +34,22 @@ def chat_job(llm: AsyncLLM, settings: ServerSettings, body: ChatRequest, request
     parsers = [_parser(llm, tools, prompt.in_reasoning) for _ in range(params.n)]
     tell = bool(body.return_token_ids) or body.prompt_logprobs is not None
     return Job((submission,), parsers, tell, settings.queue.timeout, settings.request_timeout)
+
+
+def chat_prompt(llm: AsyncLLM, body: ChatRequest) -> ChatPrompt:
+    """Render a conversation. Raises ApiError or RequestError."""
+    return llm.chat.prompt(
+        [as_template_message(index, message) for index, message in enumerate(body.messages)],
+        tools=shown_tools(body),
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=bool(body.continue_final_message),
+        **template_arguments(body),
+    )
+
+
+def shown_tools(body: ChatRequest) -> list[dict[str, Any]]:
+    """The tools that the model is shown."""
+    return template_tools(body.tools) if body.tool_choice != "none" else []
 
 
 def completion_job(llm: AsyncLLM, settings: ServerSettings, body: CompletionRequest, request_id: str) -> Job:

@@ -24,6 +24,8 @@ REQUEST_ID = "X-Request-Id"
 SANE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 PUBLIC = frozenset({"/health", "/ready", "/version"})
 """Paths that need no key; all others, those that do not exist too, do."""
+ANTHROPIC = "/v1/messages"
+"""Beginning of the paths of Anthropic's API."""
 
 
 class RequestId:
@@ -49,6 +51,8 @@ class RequestId:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers[REQUEST_ID] = request_id
+                if scope["path"].startswith(ANTHROPIC):
+                    headers["request-id"] = request_id  # the name that Anthropic's clients look for
             await send(message)
 
         try:
@@ -99,7 +103,7 @@ class BodyLimit:
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = ApiError(413, f"the body is larger than {self._limit} bytes, which is all that is taken")
-        await answer(error)(scope, receive, send)
+        await answer(error, scope["path"])(scope, receive, send)
 
 
 class _TooLarge(Exception):
@@ -129,7 +133,7 @@ class ApiKey:
         else:
             await self._app(scope, receive, send)
             return
-        await answer(error)(scope, receive, send)
+        await answer(error, scope["path"])(scope, receive, send)
 
     def _is_known(self, key: str) -> bool:
         digest = _digest(key)
@@ -148,6 +152,7 @@ def _masked(key: str) -> str:
     return f"{shown[:3]}***{shown[-2:]}" if len(shown) > 8 else "***"
 
 
-def answer(error: ApiError) -> JSONResponse:
-    """The error as a response."""
-    return JSONResponse(error.body(), error.status, error.headers)
+def answer(error: ApiError, path: str) -> JSONResponse:
+    """The error as a response, in the envelope of the path's API."""
+    body = error.anthropic_body() if path.startswith(ANTHROPIC) else error.body()
+    return JSONResponse(body, error.status, error.headers)
