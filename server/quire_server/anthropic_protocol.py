@@ -93,7 +93,7 @@ class CountRequest(RequestBody):
 
     def as_chat(self) -> ChatRequest:
         """The chat that asks the same."""
-        return ChatRequest.model_construct(**_all_fields(self.chat_fields()))
+        return ChatRequest.of(self.chat_fields())
 
 
 class MessagesRequest(CountRequest):
@@ -115,11 +115,6 @@ class MessagesRequest(CountRequest):
     def chat_fields(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "top_k", "stream")}
         return super().chat_fields() | own | {"stop": self.stop_sequences}
-
-
-def _all_fields(given: dict[str, Any]) -> dict[str, Any]:
-    """Fields that pydantic has checked already, with the defaults of the others."""
-    return {name: field.get_default() for name, field in ChatRequest.model_fields.items()} | given
 
 
 def _system(system: str | Sequence[Block]) -> Message:

@@ -19,8 +19,10 @@ COMPLETION_TOKENS = 16
 """Output tokens of a completion that names no limit, as in OpenAI's API."""
 
 
-def chat_job(llm: AsyncLLM, settings: ServerSettings, body: ChatRequest, request_id: str) -> Job:
-    """Render and check a conversation. Raises ApiError or RequestError."""
+def chat_job(
+    llm: AsyncLLM, settings: ServerSettings, body: ChatRequest, request_id: str, where: str = "messages"
+) -> Job:
+    """Render and check a conversation, which the API calls `where`. Raises ApiError or RequestError."""
     prompt = chat_prompt(llm, body)
     tools = shown_tools(body)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -30,7 +32,7 @@ def chat_job(llm: AsyncLLM, settings: ServerSettings, body: ChatRequest, request
         logprobs=_chat_logprobs(body),
         prompt_logprobs=body.prompt_logprobs,
     )
-    submission = _submission(llm, body, prompt.token_ids, params, request_id, "messages")
+    submission = _submission(llm, body, prompt.token_ids, params, request_id, where)
     parsers = [_parser(llm, tools, prompt.in_reasoning) for _ in range(params.n)]
     tell = bool(body.return_token_ids) or body.prompt_logprobs is not None
     return Job((submission,), parsers, tell, settings.queue.timeout, settings.request_timeout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -73,6 +74,12 @@ class ChatRequest(SamplingFields):
     """End the prompt where the assistant's answer begins; true by default."""
     continue_final_message: bool | None = None
     """Go on with the last message instead of answering it."""
+
+    @classmethod
+    def of(cls, checked: Mapping[str, Any]) -> ChatRequest:
+        """A body of values that another API's body has checked already."""
+        left_out = {name: field.get_default() for name, field in cls.model_fields.items()}
+        return cls.model_construct(**(left_out | dict(checked)))
 
 
 class CompletionRequest(SamplingFields):
