@@ -87,8 +87,9 @@ class MessageEvents:
         return {"type": "content_block_delta", "index": self._num_blocks - 1, "delta": delta}
 
     def _last(self, usage: Usage) -> Chunk:
-        sequence = self._finish.stop_reason if isinstance(self._finish.stop_reason, str) else None
-        reason = "stop_sequence" if sequence is not None else STOP_REASONS[self._finish.reason]
+        reason, sequence = STOP_REASONS[self._finish.reason], None
+        if reason == "end_turn" and isinstance(self._finish.stop_reason, str):
+            reason, sequence = "stop_sequence", self._finish.stop_reason
         return {
             "type": "message_delta",
             "delta": {"stop_reason": reason, "stop_sequence": sequence},
