@@ -253,11 +253,18 @@ MUTANTS = (
         "tests/parsers",
     ),
     Mutant(
-        "deterministic: tiles follow the chunk",
-        "plugins/cpu_ref/quire_cpu_ref/tiles.py",
-        "range(first // TILE * TILE, lengths[row], TILE)",
-        "range(first, lengths[row], TILE)",
+        "deterministic: a linear sees as many rows as the batch has",
+        "plugins/cpu_ref/quire_cpu_ref/linear.py",
+        "padded = functional.pad(x, (0, 0, 0, -num_rows % TILE))",
+        "padded = x",
         DETERMINISTIC,
+    ),
+    Mutant(
+        "deterministic: stale keys and values show",
+        "plugins/cpu_ref/quire_cpu_ref/tiles.py",
+        "found[tile.start + tile.rows[1] :] = 0.0",
+        "pass",
+        "tests/cpu_ref",
     ),
     Mutant(
         "remote: replay forgets the tokens that were told",
