@@ -9,6 +9,7 @@ SCHEDULING = "tests/scheduling"
 SAMPLING = "tests/sampling"
 BATCH = "tests/engine/test_batch_and_dispatch.py"
 TEXT = "tests/tokenizer"
+CUDA = "tests/cuda_paged/test_cuda_attention.py"
 REMOTE = "tests/remote/test_remote_engine.py"
 DETERMINISTIC = "tests/engine/test_deterministic.py"
 
@@ -31,6 +32,7 @@ RADIX = "framework/quire/kv/radix.py"
 CONTINUOUS = "framework/quire/scheduling/continuous.py"
 SAMPLER = "framework/quire/sampling/sampler.py"
 PROCESSORS = "framework/quire/sampling/processors.py"
+KERNELS = "plugins/cuda_paged/quire_cuda_paged/kernels.py"
 LEDGER = "framework/quire/remote/ledger.py"
 BUILDER = "framework/quire/engine/batch.py"
 DETOKENIZER = "framework/quire/tokenizer/detokenizer.py"
@@ -307,5 +309,61 @@ MUTANTS = (
         "if len(rows) > 1 and self._num_culprits < MAX_CULPRITS:",
         "if len(rows) > 2 and self._num_culprits < MAX_CULPRITS:",
         "tests/engine/test_isolate.py",
+    ),
+    Mutant(
+        "kernel: a tile at the causal edge goes unmasked",
+        KERNELS,
+        "(begin + 1) // TILE",
+        "(begin + TILE) // TILE",
+        CUDA,
+    ),
+    Mutant(
+        "kernel: window one too wide",
+        KERNELS,
+        "position[:, None] - key[None, :] < WINDOW",
+        "position[:, None] - key[None, :] <= WINDOW",
+        CUDA,
+    ),
+    Mutant(
+        "kernel: every part takes the sink",
+        KERNELS,
+        "if part == 0:",
+        "if part >= 0:",
+        CUDA,
+    ),
+    Mutant(
+        "kernel: stale slots of the last block count",
+        KERNELS,
+        "seen = (key[None, :] <= position[:, None]) & row_ok[:, None] & known[None, :]",
+        "seen = row_ok[:, None] & known[None, :]",
+        CUDA,
+    ),
+    Mutant(
+        "kernel: parts are averaged",
+        KERNELS,
+        "weight = tl.exp2(lse - safe)",
+        "weight = 1.0",
+        CUDA,
+    ),
+    Mutant(
+        "kernel: the softmax forgets to shrink",
+        KERNELS,
+        "acc * shrink[:, None]",
+        "acc",
+        CUDA,
+    ),
+    Mutant(
+        "kernel: padding is left as it was",
+        KERNELS,
+        "tl.load(end_ptr), num_tokens",
+        "num_tokens, num_tokens",
+        CUDA,
+    ),
+    Mutant(
+        "kernel: the last part is not planned",
+        KERNELS,
+        "splits = (tiles + chunk - 1) // chunk",
+        "splits = tl.maximum(tiles // chunk, 1)",
+        CUDA,
     ),
 )

@@ -112,6 +112,7 @@ def test_an_allow_list_in_the_configuration(quire, tmp_path):
     assert {p["name"]: p["status"] for p in plugins} == {
         "core": "loaded",
         "cpu_ref": "blocked",
+        "cuda_paged": "blocked",
         "quant": "loaded",
         "server": "blocked",
     }
@@ -155,6 +156,7 @@ def test_the_variable_for_allowed_plugins(quire, monkeypatch):
     assert {p["name"]: p["status"] for p in plugins} == {
         "core": "loaded",
         "cpu_ref": "loaded",
+        "cuda_paged": "blocked",
         "quant": "blocked",
         "server": "blocked",
     }

@@ -6,6 +6,7 @@ What a backend does not declare in its caps is skipped; what it declares and get
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -23,6 +24,14 @@ from quire.contract.attention import (
 )
 from quire.testing.attention_problems import CASES, LAYERS, TOLERANCE, Problem, make_layer, make_step
 from quire.testing.batches import make_batch
+from quire.testing.placement import placed
+
+LONG: tuple[tuple[Sequence[int], Sequence[int]], ...] = (
+    ([1, 40, 1], [500, 300, 129]),
+    ([1, 1, 1, 1], [517, 300, 129, 77]),
+    ([3, 3], [601, 66]),
+)
+"""New tokens and context of each row, where contexts are long."""
 
 
 class AttentionConformance:
@@ -48,7 +57,8 @@ class AttentionConformance:
         reasons = backend_class.supports(layer, dtype, self.device, block_size)
         if reasons:
             pytest.skip("; ".join(reasons))
-        init = AttentionInit(torch.device(self.device), dtype, (layer,), block_size, 16, 512, 64, deterministic)
+        layers = (placed(layer, self.device),)
+        init = AttentionInit(torch.device(self.device), dtype, layers, block_size, 16, 512, 64, deterministic)
         return backend_class(init)
 
     def run(
@@ -59,7 +69,8 @@ class AttentionConformance:
         poison: float = float("nan"),
         deterministic: bool = False,
     ) -> Tensor:
-        """Write the step's KV, attend, and check what may be written."""
+        """Write the step's KV, attend, and check what may be written; the result on the CPU."""
+        problem = placed(problem, self.device)
         batch, layer = problem.case.batch, problem.layer
         backend = self.make(backend_class, layer, problem.q.dtype, batch.block_size, deterministic=deterministic)
         caches = problem.fill(backend, poison)
@@ -73,12 +84,12 @@ class AttentionConformance:
             same[touched] = True
             assert same.all(), "write_kv changed a slot that is not in slot_mapping"
         written = [cache.clone() for cache in caches]
-        out = torch.full((batch.num_tokens, layer.num_heads, layer.v_head_dim), float("nan")).to(problem.q.dtype)
+        out = problem.q.new_full((batch.num_tokens, layer.num_heads, layer.v_head_dim), float("nan"))
         backend.forward(layer, problem.q, k, v, caches, batch, backend.plan(batch), out)
         for cache, old in zip(caches, written, strict=True):
             assert torch.isclose(cache.float(), old.float(), rtol=0, atol=0, equal_nan=True).all(), "forward wrote KV"
         assert torch.isfinite(out).all(), "the result must be finite, padding included"
-        return out
+        return out.cpu()
 
     def check(self, backend_class: type[AttentionBackend], problem: Problem, **options: Any) -> Tensor:
         """Run, and compare every row with the oracle."""
@@ -139,10 +150,17 @@ class AttentionConformance:
         problem = Problem.make(make_layer("gqa"), CASES["mixed"], torch.float32)
         assert torch.equal(self.run(backend_class, problem), self.run(backend_class, problem, poison=1e4))
 
-    def test_long_context(self, backend_class: type[AttentionBackend]) -> None:
-        """Hundreds of tokens, where an error of a single position would drown in small cases."""
-        lens = ([1, 40, 1], [500, 300, 129])
-        self.check(backend_class, Problem.make(make_layer("gqa"), lens, torch.float32))
+    @pytest.mark.parametrize("lens", LONG, ids=["mixed", "decode", "verification"])
+    @pytest.mark.parametrize("layer", ["gqa", "window", "softcap", "sinks"])
+    def test_long_context(
+        self, backend_class: type[AttentionBackend], layer: str, lens: tuple[Sequence[int], Sequence[int]]
+    ) -> None:
+        """Hundreds of tokens, where an error of a single position would drown in small cases.
+
+        A backend that cuts a long context into parts and puts them together again does so here, in odd
+        numbers: if only this fails, look at the last part, and at what must count once and not per part.
+        """
+        self.check(backend_class, Problem.make(make_layer(layer), lens, torch.float32))
 
     def test_any_shape(self, backend_class: type[AttentionBackend]) -> None:
         """Random lengths, heads, windows, block sizes."""
@@ -178,6 +196,7 @@ class AttentionConformance:
                 continue
             backend = self.make(backend_class, layer, torch.float32, 16)
             step = make_step(backend, CASES["mixed"], torch.float32, norms=norms, rotary_dim=rotary_dim, style=style)
+            step = placed(step, self.device)
             results = [(*prepare(backend, one), *one.kv) for prepare, one in _both_ways(backend_class, step)]
             for composed, fused in zip(*results, strict=True):
                 torch.testing.assert_close(fused, composed, atol=1e-5, rtol=1e-5)
@@ -190,9 +209,11 @@ class AttentionConformance:
         layer = make_layer("gqa")
         backend = self.make(backend_class, layer, dtype, 16, deterministic=True)
         whole = make_step(backend, ([45], [0]), dtype, norms="both", rotary_dim=layer.head_dim)
+        whole = placed(whole, self.device)
         expected = backend.prepare_qkv(whole)
         for first, last in ((0, 1), (44, 45), (7, 10), (3, 40)):
             part = make_step(backend, ([last - first], [0]), dtype, norms="both", rotary_dim=layer.head_dim)
+            part = placed(part, self.device)
             rows = slice(first, last)
             part = dataclasses.replace(
                 whole,
@@ -218,7 +239,7 @@ class AttentionConformance:
             pytest.skip("declares no graph support")
         backend = self.make(backend_class, make_layer("gqa"), torch.float32, 16)
         first = dataclasses.replace(make_batch([1] * 4, [5, 16, 31, 0]).batch, max_seq_len=128)
-        second = make_batch([1] * 4, [3, 20, 2, 9]).batch
+        first, second = placed((first, make_batch([1] * 4, [3, 20, 2, 9]).batch), self.device)
         before = list(_signature(backend.plan(first)))
         for name in ("query_start_loc", "seq_lens", "slot_mapping", "query_start_loc_host", "seq_lens_host"):
             getattr(first, name).copy_(getattr(second, name))

@@ -114,12 +114,16 @@ class Problem:
     def fill(self, backend: AttentionBackend, poison: float) -> KVCaches:
         """Caches that hold the rows' contexts; every slot that nobody owns holds `poison`."""
         specs = backend.kv_spec(self.layer, self.case.batch.block_size, self.q.dtype)
-        caches = tuple(torch.full((self.case.num_blocks, *spec.shape), poison).to(spec.dtype) for spec in specs)
+        device = self.q.device
+        caches = tuple(
+            torch.full((self.case.num_blocks, *spec.shape), poison, device=device).to(spec.dtype) for spec in specs
+        )
         for cache in caches:
             cache[0].zero_()
         for row, context in enumerate(self.context_lens):
             if context:
-                batch = dataclasses.replace(self.case.batch, slot_mapping=self.case.slots(row, context))
+                slots = self.case.slots(row, context).to(device)
+                batch = dataclasses.replace(self.case.batch, slot_mapping=slots)
                 backend.write_kv(self.layer, self.keys[row][:context], self.values[row][:context], caches, batch)
         return caches
 

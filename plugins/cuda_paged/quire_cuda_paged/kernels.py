@@ -1,0 +1,355 @@
+"""Paged attention in Triton: one source, compiled in two shapes.
+
+*Decode* (SPLIT): a program serves one row's few query tokens over one part of its KV; the parts are
+put together by `combine_kernel`. *Prefill*: a program serves a block of query tokens over all of their
+KV. In both the query heads that share a KV head stand side by side in one matrix, so that each key is
+read once for all of them. The softmax is the online one (Milakov and Gimelshein 2018, Dao et al. 2022)
+in base 2; the split is flash-decoding's (Dao et al. 2023).
+
+Arithmetic is float32; Triton's interpreter computes bfloat16 wrongly otherwise. Block ids are widened
+to 64 bits before they are multiplied: a large pool has more than 2^31 elements.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def plan_kernel(
+    seq_lens_ptr,
+    split_start_ptr,
+    chunk_ptr,
+    num_rows,
+    target,
+    TILE: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Cut the rows' KV into parts of equal length, about `target` of them in all.
+
+    One program per step. As the sum of ceil(tiles / chunk) is at most target + num_rows, the grid of
+    the kernel that follows depends on the number of rows alone, and never on their lengths.
+
+    Args:
+        seq_lens_ptr: int32 [num_rows]. split_start_ptr: int32 [num_rows + 1], out; the parts of rows before each.
+        chunk_ptr: int32 [1], out; tiles per part. target: parts wanted. ROWS: power of two, at least num_rows.
+    """
+    row = tl.arange(0, ROWS)
+    length = tl.load(seq_lens_ptr + row, mask=row < num_rows, other=0)
+    tiles = (length + TILE - 1) // TILE
+    total = tl.sum(tiles, 0)
+    chunk = tl.maximum((total + target - 1) // target, MIN_TILES)
+    splits = (tiles + chunk - 1) // chunk
+    tl.store(split_start_ptr + 1 + row, tl.cumsum(splits, 0), mask=row < num_rows)
+    tl.store(split_start_ptr, 0)
+    tl.store(chunk_ptr, chunk)
+
+
+@triton.jit
+def _last_not_after(starts_ptr, place, count, base, BLOCK_Q: tl.constexpr, BLOCKS: tl.constexpr):
+    """The largest i below `count` with start(i) <= place, by bisection.
+
+    start(i) is starts[i]; with BLOCKS it is the first query block of row i, if every row may begin a new one.
+    """
+    low = 0
+    high = count
+    while low < high:
+        middle = (low + high) // 2
+        start = tl.load(starts_ptr + middle)
+        if BLOCKS:
+            start = (start - base) // BLOCK_Q + middle
+        if start <= place:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+@triton.jit
+def _attend(
+    acc,
+    maximum,
+    total,
+    q,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    first_tile,
+    last_tile,
+    kv_head,
+    position,
+    row_ok,
+    kv_end,
+    qk_scale,
+    softcap,
+    table_width,
+    k_block: tl.int64,
+    k_slot,
+    k_head,
+    v_block: tl.int64,
+    v_slot,
+    v_head,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Take the tiles [first_tile, last_tile) into the running softmax."""
+    in_tile = tl.arange(0, TILE)
+    d = tl.arange(0, D_PAD)
+    dv = tl.arange(0, DV_PAD)
+    # The next tile's block ids are loaded one turn ahead: the loads of K and V then have plain addresses,
+    # which Triton's pipeliner keeps more of in flight than loads through a table.
+    if BLOCK_SIZE % TILE == 0:
+        block = tl.load(table_ptr + tl.minimum((first_tile * TILE) // BLOCK_SIZE, table_width - 1)).to(tl.int64)
+    else:
+        ahead = (first_tile * TILE + in_tile) // BLOCK_SIZE
+        block = tl.load(table_ptr + tl.minimum(ahead, table_width - 1)).to(tl.int64)
+    for tile in tl.range(first_tile, last_tile):
+        start = tile * TILE
+        key = start + in_tile
+        if BLOCK_SIZE % TILE == 0:
+            slot = start % BLOCK_SIZE + in_tile
+            following = (start + TILE) // BLOCK_SIZE
+        else:
+            slot = key % BLOCK_SIZE
+            following = (key + TILE) // BLOCK_SIZE
+        k_row = block * k_block + kv_head * k_head + slot * k_slot
+        v_row = block * v_block + kv_head * v_head + slot * v_slot
+        block = tl.load(table_ptr + tl.minimum(following, table_width - 1)).to(tl.int64)
+        if MASKED:
+            known = key < kv_end
+            k = tl.load(k_ptr + k_row[None, :] + d[:, None], mask=known[None, :] & (d < D)[:, None], other=0.0)
+            v = tl.load(v_ptr + v_row[:, None] + dv[None, :], mask=known[:, None] & (dv < DV)[None, :], other=0.0)
+        else:
+            if D == D_PAD:
+                k = tl.load(k_ptr + k_row[None, :] + d[:, None])
+            else:
+                k = tl.load(k_ptr + k_row[None, :] + d[:, None], mask=(d < D)[:, None], other=0.0)
+            if DV == DV_PAD:
+                v = tl.load(v_ptr + v_row[:, None] + dv[None, :])
+            else:
+                v = tl.load(v_ptr + v_row[:, None] + dv[None, :], mask=(dv < DV)[None, :], other=0.0)
+        scores = tl.dot(q, k, input_precision=PRECISION)
+        if SOFTCAP:  # qk_scale is scale / softcap; tanh by exp2, which the GPU has in hardware
+            capped = scores * qk_scale
+            scores = (1.0 - 2.0 / (tl.exp2(capped * (2.0 * LOG2E)) + 1.0)) * softcap * LOG2E
+        else:  # qk_scale is scale · log2(e)
+            scores = scores * qk_scale
+        if MASKED:
+            seen = (key[None, :] <= position[:, None]) & row_ok[:, None] & known[None, :]
+            if WINDOW > 0:
+                seen = seen & (position[:, None] - key[None, :] < WINDOW)
+            scores = tl.where(seen, scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        safe = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights = tl.exp2(scores - safe[:, None])
+        shrink = tl.exp2(maximum - safe)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        maximum = new_maximum
+    return acc, maximum, total
+
+
+@triton.jit
+def paged_attention_kernel(
+    out_ptr,
+    part_ptr,
+    part_lse_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    seq_lens_ptr,
+    query_start_ptr,
+    split_start_ptr,
+    chunk_ptr,
+    sink_ptr,
+    end_ptr,
+    num_rows,
+    num_tokens,
+    scale,
+    softcap,
+    table_width,
+    table_row,
+    q_token,
+    out_token,
+    k_block: tl.int64,
+    k_slot,
+    k_head,
+    v_block: tl.int64,
+    v_slot,
+    v_head,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attention of `num_rows` rows; grid (work, KV heads).
+
+    Args:
+        out_ptr: [T, HEADS, DV]. q_ptr: [T, HEADS, D]. k_ptr, v_ptr: caches, any strides, elements of a head together.
+        part_ptr: float32 [work, HEADS, BLOCK_Q, DV_PAD]; part_lse_ptr: float32 [work, HEADS, BLOCK_Q]; SPLIT only.
+        table_ptr: int32 [num_rows, table_width]. seq_lens_ptr: int32 [num_rows].
+        query_start_ptr: int32 [num_rows + 1], places in q and out. split_start_ptr, chunk_ptr: of `plan_kernel`.
+        sink_ptr: float32 [HEADS]. end_ptr: int32 [1], real tokens. num_tokens: tokens; those behind the end get 0.
+        WINDOW: tokens that a query sees, itself included; 0: all.
+    """
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    work = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    m = tl.arange(0, BLOCK_M)
+    dv = tl.arange(0, DV_PAD)
+    head = kv_head * GROUP + m % GROUP
+    if work == 0:  # padding tokens must come out finite
+        clear = (m < GROUP)[:, None] & (dv < DV)[None, :]
+        for token in tl.range(tl.load(end_ptr), num_tokens):
+            place = (tl.zeros([BLOCK_M], tl.int64) + token) * out_token + head * DV
+            tl.store(
+                out_ptr + place[:, None] + dv[None, :],
+                tl.zeros([BLOCK_M, DV_PAD], out_ptr.dtype.element_ty),
+                mask=clear,
+            )
+    base = tl.load(query_start_ptr)
+    if SPLIT:
+        if work >= tl.load(split_start_ptr + num_rows):
+            return
+        row = _last_not_after(split_start_ptr, work, num_rows + 1, 0, BLOCK_Q, False)
+        part = work - tl.load(split_start_ptr + row)
+        query_block = 0
+    else:
+        row = _last_not_after(query_start_ptr, work, num_rows, base, BLOCK_Q, True)
+        part = 0
+        query_block = work - ((tl.load(query_start_ptr + row) - base) // BLOCK_Q + row)
+    first_token = tl.load(query_start_ptr + row)
+    query_len = tl.load(query_start_ptr + row + 1) - first_token
+    if query_block * BLOCK_Q >= query_len:
+        return
+    seq_len = tl.load(seq_lens_ptr + row)
+    context = seq_len - query_len
+
+    query = query_block * BLOCK_Q + m // GROUP
+    row_ok = (m < BLOCK_Q * GROUP) & (query < query_len)
+    position = context + query
+    d = tl.arange(0, D_PAD)
+    token = (first_token + query).to(tl.int64)
+    q_at = (token * q_token)[:, None] + (head * D)[:, None] + d[None, :]
+    q = tl.load(q_ptr + q_at, mask=row_ok[:, None] & (d < D)[None, :], other=0.0)
+
+    # Tiles [low, high) matter; of those [clear_low, clear_high) are seen whole by every query of the block.
+    begin = context + query_block * BLOCK_Q
+    kv_end = tl.minimum(begin + BLOCK_Q, seq_len)
+    low = 0
+    if WINDOW > 0:
+        low = tl.maximum(begin - WINDOW + 1, 0) // TILE
+    high = (kv_end + TILE - 1) // TILE
+    if SPLIT:
+        chunk = tl.load(chunk_ptr)
+        low = tl.maximum(low, part * chunk)
+        high = tl.minimum(high, (part + 1) * chunk)
+    clear_high = tl.maximum(tl.minimum((begin + 1) // TILE, high), low)
+    clear_low = low
+    if WINDOW > 0:
+        last = context + tl.minimum(query_block * BLOCK_Q + BLOCK_Q, query_len) - 1
+        clear_low = tl.minimum(tl.maximum((tl.maximum(last - WINDOW + 1, 0) + TILE - 1) // TILE, low), clear_high)
+
+    qk_scale = scale * LOG2E
+    if SOFTCAP:
+        qk_scale = scale / softcap
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if SINKS:
+        if part == 0:  # a sink is one more position, which gives no value
+            maximum = tl.load(sink_ptr + head, mask=m < BLOCK_Q * GROUP, other=0.0) * LOG2E
+            total = tl.full([BLOCK_M], 1.0, tl.float32)
+    acc = tl.zeros([BLOCK_M, DV_PAD], tl.float32)
+    table = table_ptr + row.to(tl.int64) * table_row
+    if WINDOW > 0:
+        acc, maximum, total = _attend(
+            acc, maximum, total, q, k_ptr, v_ptr, table, low, clear_low, kv_head, position, row_ok, kv_end,
+            qk_scale, softcap, table_width, k_block, k_slot, k_head, v_block, v_slot, v_head,
+            True, WINDOW, SOFTCAP, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, PRECISION,
+        )  # fmt: skip
+    acc, maximum, total = _attend(
+        acc, maximum, total, q, k_ptr, v_ptr, table, clear_low, clear_high, kv_head, position, row_ok, kv_end,
+        qk_scale, softcap, table_width, k_block, k_slot, k_head, v_block, v_slot, v_head,
+        False, WINDOW, SOFTCAP, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, PRECISION,
+    )  # fmt: skip
+    acc, maximum, total = _attend(
+        acc, maximum, total, q, k_ptr, v_ptr, table, clear_high, high, kv_head, position, row_ok, kv_end,
+        qk_scale, softcap, table_width, k_block, k_slot, k_head, v_block, v_slot, v_head,
+        True, WINDOW, SOFTCAP, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, PRECISION,
+    )  # fmt: skip
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    alone = True
+    if SPLIT:
+        alone = tl.load(split_start_ptr + row + 1) - tl.load(split_start_ptr + row) == 1
+    if alone:
+        at = (token * out_token)[:, None] + (head * DV)[:, None] + dv[None, :]
+        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & (dv < DV)[None, :])
+    else:
+        item = (work.to(tl.int64) * HEADS + head) * BLOCK_Q + m // GROUP
+        tl.store(part_ptr + item[:, None] * DV_PAD + dv[None, :], acc, mask=row_ok[:, None])
+        lse = tl.where(total == 0.0, float("-inf"), maximum + tl.log2(tl.where(total == 0.0, 1.0, total)))
+        tl.store(part_lse_ptr + item, lse, mask=row_ok)
+
+
+@triton.jit
+def combine_kernel(
+    out_ptr,
+    part_ptr,
+    part_lse_ptr,
+    query_start_ptr,
+    split_start_ptr,
+    out_token,
+    HEADS: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """Put the parts of each row together; grid (rows, heads). Rows of one part are in `out` already."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    first_part = tl.load(split_start_ptr + row)
+    num_parts = tl.load(split_start_ptr + row + 1) - first_part
+    first_token = tl.load(query_start_ptr + row)
+    query_len = tl.load(query_start_ptr + row + 1) - first_token
+    if num_parts > 1:
+        dv = tl.arange(0, DV_PAD)
+        for query in tl.range(0, query_len):
+            maximum = float("-inf")
+            total = 0.0
+            acc = tl.zeros([DV_PAD], tl.float32)
+            for part in tl.range(0, num_parts):
+                at = ((first_part + part).to(tl.int64) * HEADS + head) * BLOCK_Q + query
+                lse = tl.load(part_lse_ptr + at)
+                new_maximum = tl.maximum(maximum, lse)
+                safe = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+                shrink = tl.exp2(maximum - safe)
+                weight = tl.exp2(lse - safe)
+                acc = acc * shrink + tl.load(part_ptr + at * DV_PAD + dv) * weight
+                total = total * shrink + weight
+                maximum = new_maximum
+            at = (first_token + query).to(tl.int64) * out_token + head * DV + dv
+            result = acc / tl.where(total == 0.0, 1.0, total)
+            tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=dv < DV)

@@ -1,0 +1,35 @@
+"""Every shipped launch compiles for every GPU generation, fits into it, and uses its tensor cores.
+
+In a process of its own: here Triton interprets.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "aot_check.py"
+
+
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=() if arch == 90 else pytest.mark.kernels) for arch in (80, 86, 90, 100, 120)]
+)
+def test_launches_compile(arch, tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    answer = subprocess.run(
+        [sys.executable, SCRIPT, "--arch", str(arch), "--json"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert answer.stdout, answer.stderr[-2000:]
+    launches = json.loads(answer.stdout)["launches"]
+    assert {launch["name"] for launch in launches} >= {"decode D128", "prefill D128", "plan and combine"}
+    for launch in launches:
+        assert not launch["problems"], launch
+    assert answer.returncode == 0

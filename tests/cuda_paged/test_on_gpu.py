@@ -1,0 +1,40 @@
+"""The same kits on a GPU: `pytest -m gpu`. Skipped where there is none."""
+
+import pytest
+import torch
+from quire import LLM, SamplingParams
+from quire.testing.attention import AttentionConformance
+from quire.testing.attention_problems import TOLERANCE
+from quire.testing.device import DeviceConformance
+from quire_cuda_paged.attention import CudaPagedAttention
+from quire_cuda_paged.device import CudaDevice
+from quire_cuda_paged.probe import missing
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+
+
+class TestAttentionOnGpu(AttentionConformance):
+    device = "cuda"
+    tolerance = TOLERANCE | {torch.float32: 5e-5}
+
+    @pytest.fixture
+    def backend_class(self):
+        return CudaPagedAttention
+
+
+class TestCudaDevice(DeviceConformance):
+    @pytest.fixture
+    def device_class(self):
+        return CudaDevice
+
+
+def test_the_bundled_model_answers_as_on_the_cpu():
+    questions = ["What is 27+45?", "Sort: 42, 7, 19", "Repeat: alpha beta gamma"]
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    answers = []
+    for device in ("cpu", "cuda"):
+        llm = LLM(device=device, dtype="float32", num_kv_blocks=200)
+        outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=40), use_tqdm=False)
+        answers.append([output.outputs[0].token_ids for output in outputs])
+        llm.shutdown()
+    assert answers[0] == answers[1]
