@@ -18,6 +18,8 @@ MAX_STOP_BYTES = 128
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_TOKEN_LIST = 1024
+MAX_COUNT = 2**31 - 1
+"""Largest number of tokens, and size of a priority, that can be asked for."""
 MAX_SHOWN = 120
 """Characters of a bad value that an error shows."""
 
@@ -34,7 +36,7 @@ class SamplingParams(BaseModel):
     """Outputs per prompt; they share the prompt's KV."""
     temperature: Finite = Field(default=1.0, ge=0.0, le=100.0)
     """Divides the logits; 0 is greedy."""
-    top_k: int = Field(default=0, ge=-1)
+    top_k: int = Field(default=0, ge=-1, le=MAX_COUNT)
     """Sample among the k most likely tokens; 0 or -1 is off."""
     top_p: Finite = Field(default=1.0, gt=0.0, le=1.0)
     """Sample among the fewest tokens whose probabilities reach p."""
@@ -54,9 +56,9 @@ class SamplingParams(BaseModel):
     """If given, only these tokens can be sampled."""
     bad_token_ids: tuple[TokenId, ...] = Field(default=(), max_length=MAX_TOKEN_LIST)
     """Tokens that are never sampled."""
-    max_tokens: int | None = Field(default=16, ge=1)
+    max_tokens: int | None = Field(default=16, ge=1, le=MAX_COUNT)
     """Most output tokens; None: as many as the model's length allows."""
-    min_tokens: int = Field(default=0, ge=0)
+    min_tokens: int = Field(default=0, ge=0, le=MAX_COUNT)
     """No stop token is sampled, and no stop string matched, before this many output tokens."""
     stop: tuple[str, ...] = Field(default=(), max_length=MAX_STOP_STRINGS)
     """Strings that end the output."""

@@ -148,7 +148,7 @@ class SamplingFields(RequestBody):
     """Leave special tokens out of the text; true by default."""
     prompt_logprobs: int | None = None
     """Log probabilities of the prompt's tokens, with so many alternatives."""
-    truncate_prompt_tokens: int | None = Field(default=None, ge=1)
+    truncate_prompt_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     """Keep only so many tokens of the prompt, the last ones."""
     return_token_ids: bool | None = None
     """Return token ids beside text."""

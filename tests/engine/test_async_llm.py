@@ -72,6 +72,14 @@ def test_a_bad_request_fails_in_the_callers_stack(llm):
     assert asyncio.run(main())[-1].finished
 
 
+def test_what_there_is_no_room_for_is_refused(llm):
+    with pytest.raises(RequestError, match="room for 254 tokens"):
+        llm.prepare([3, 4], SamplingParams(max_tokens=None, min_tokens=255))
+    llm.prepare([3, 4], SamplingParams(max_tokens=None, min_tokens=254))
+    with pytest.raises(RequestError, match="priority is"):
+        llm.prepare([3, 4], priority=2**40)
+
+
 def test_cancellation_frees_blocks(llm):
     async def main():
         task = asyncio.create_task(collect(llm, [3, 4], LONG))

@@ -12,19 +12,7 @@ CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2]}}\n</tool_ca
 
 
 class TestQwen(OutputParserConformance):
-    samples = (
-        "<think>\nones: 7+5\n</think>\n\n12",
-        CALL,
-        f"Let me see. {CALL}\n{CALL}",
-        "<tool_call>{not json}</tool_call> after",
-        '<tool_call>{"name": "x", "arguments": "{\\"a\\": 1}"}</tool_call>',
-        "<tool_call>never closed",
-        "<think>never closed",
-        '<tool_call>{"arguments": {}}</tool_call>',
-        '<tool_call>{"name": "x", "arguments": {"a": NaN}}</tool_call>',
-        '<tool_call>{"name": "x", "arguments": {"a": "\\ud83d\\ude00", "b": "\\n"}}</tool_call>',
-        '<tool_call>{"name": "x", "arguments": {"a": "\\ud83d"}}</tool_call>',
-    )
+    samples = QwenParser.conformance["samples"]
 
     @pytest.fixture
     def parser_class(self):
@@ -32,7 +20,7 @@ class TestQwen(OutputParserConformance):
 
 
 class TestPlain(OutputParserConformance):
-    samples = ("<think>is text here</think>",)
+    samples = PlainParser.conformance["samples"]
 
     @pytest.fixture
     def parser_class(self):

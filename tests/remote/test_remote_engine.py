@@ -28,8 +28,17 @@ REQUESTS = [
 ] * 2
 
 
+@pytest.fixture(scope="module", autouse=True)
+def patient():
+    """The tests kill more children than a server would put up with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervisor, "MAX_RESTARTS", 100)
+        patch.setattr(supervisor, "WINDOW", 5.0)
+        yield
+
+
 @pytest.fixture(scope="module")
-def llm():
+def llm(patient):
     # Deterministic, so that log probabilities do not depend on how many tokens a step computes either.
     served = AsyncLLM(**OPTIONS, deterministic=True)
     yield served
@@ -130,6 +139,8 @@ def test_requests_and_aborts_while_there_is_no_child(llm):
 @pytest.fixture
 def fast_supervisor(monkeypatch):
     monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(supervisor, "MAX_RESTARTS", 3)
+    monkeypatch.setattr(supervisor, "WINDOW", 300.0)
     monkeypatch.setattr(supervisor, "SILENCE", 3.0)
 
 

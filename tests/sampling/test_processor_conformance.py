@@ -9,10 +9,7 @@ from quire.testing.logits_processor import LogitsProcessorConformance
 
 
 class TestTokenFilter(LogitsProcessorConformance):
-    active_params = (
-        SamplingParams(allowed_token_ids=(1, 5, 9), bad_token_ids=(5,)),
-        SamplingParams(bad_token_ids=(0, 31)),
-    )
+    active_params = TokenFilter.conformance["active_params"]
 
     @pytest.fixture
     def processor_class(self):
@@ -20,7 +17,7 @@ class TestTokenFilter(LogitsProcessorConformance):
 
 
 class TestLogitBias(LogitsProcessorConformance):
-    active_params = (SamplingParams(logit_bias={0: 5.0, 31: -3.5}), SamplingParams(logit_bias={7: 100.0}))
+    active_params = LogitBias.conformance["active_params"]
 
     @pytest.fixture
     def processor_class(self):
@@ -28,7 +25,7 @@ class TestLogitBias(LogitsProcessorConformance):
 
 
 class TestMinTokens(LogitsProcessorConformance):
-    active_params = (SamplingParams(min_tokens=1), SamplingParams(min_tokens=5))
+    active_params = MinTokens.conformance["active_params"]
 
     @pytest.fixture
     def processor_class(self):
@@ -36,11 +33,7 @@ class TestMinTokens(LogitsProcessorConformance):
 
 
 class TestPenalties(LogitsProcessorConformance):
-    active_params = (
-        SamplingParams(repetition_penalty=1.4),
-        SamplingParams(frequency_penalty=0.7, presence_penalty=-0.3),
-        SamplingParams(repetition_penalty=0.8, frequency_penalty=-0.5, presence_penalty=1.0),
-    )
+    active_params = Penalties.conformance["active_params"]
 
     @pytest.fixture
     def processor_class(self):

@@ -9,7 +9,7 @@ from typing import Any
 
 from quire.contract.request import Request
 from quire.errors import RequestError
-from quire.params import SamplingParams
+from quire.params import MAX_COUNT, SamplingParams
 from quire.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -66,6 +66,8 @@ class Intake:
         """Tokenize and check. Raises RequestError naming the field, its value and what is allowed."""
         text, token_ids, salt = self._tokens(prompt)
         self._check(token_ids, params)
+        if abs(priority) > MAX_COUNT:
+            raise RequestError(f"priority is {priority}; it must lie within ±{MAX_COUNT}", param="priority")
         self._limits.validate(params)
         sequences = tuple(
             self._sequence(request_id, index, token_ids, params, priority, salt or cache_salt)
@@ -98,6 +100,13 @@ class Intake:
                 f"the prompt has {len(token_ids):,} tokens; with max_model_len {limit:,} it may have {limit - 1:,}",
                 param="prompt",
                 remedy="shorten the prompt, or raise max_model_len",
+            )
+        room = limit - len(token_ids)
+        if params.min_tokens > room:
+            raise RequestError(
+                f"min_tokens is {params.min_tokens}; behind the prompt there is room for {room} tokens",
+                param="min_tokens",
+                remedy="lower it, or raise max_model_len",
             )
         worst = max(token_ids)
         if worst >= self._limits.vocab_size or min(token_ids) < 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from enum import Enum
+from types import MappingProxyType
 
 from quire.contract.parsing import (
     OutputParser,
@@ -29,10 +30,28 @@ class _Mode(Enum):
     CALL = (END_CALL,)
 
 
+_SAMPLE = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2]}}\n</tool_call>'
+SAMPLES = (
+    "<think>\nones: 7+5\n</think>\n\n12",
+    _SAMPLE,
+    f"Let me see. {_SAMPLE}\n{_SAMPLE}",
+    "<tool_call>{not json}</tool_call> after",
+    '<tool_call>{"name": "x", "arguments": "{\\"a\\": 1}"}</tool_call>',
+    "<tool_call>never closed",
+    "<think>never closed",
+    '<tool_call>{"arguments": {}}</tool_call>',
+    '<tool_call>{"name": "x", "arguments": {"a": NaN}}</tool_call>',
+    '<tool_call>{"name": "x", "arguments": {"a": "\\ud83d\\ude00", "b": "\\n"}}</tool_call>',
+    '<tool_call>{"name": "x", "arguments": {"a": "\\ud83d"}}</tool_call>',
+)
+"""Outputs for the conformance kit: right ones, broken ones, unfinished ones."""
+
+
 class QwenParser(OutputParser):
     """Splits at markers; a tool call comes out when it is complete, so its arguments are always valid JSON."""
 
     markers = (CALL, THINK)
+    conformance = MappingProxyType({"samples": SAMPLES})
 
     def __init__(self, init: ParserInit) -> None:
         super().__init__(init)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -16,6 +17,15 @@ NEGATIVE_INFINITY = float("-inf")
 
 class TokenFilter(LogitsProcessor):
     """`allowed_token_ids` and `bad_token_ids`."""
+
+    conformance = MappingProxyType(
+        {
+            "active_params": (
+                SamplingParams(allowed_token_ids=(1, 5, 9), bad_token_ids=(5,)),
+                SamplingParams(bad_token_ids=(0, 31)),
+            )
+        }
+    )
 
     def __init__(self, init: SamplerInit) -> None:
         super().__init__(init)
@@ -47,6 +57,10 @@ class TokenFilter(LogitsProcessor):
 
 class LogitBias(LogitsProcessor):
     """`logit_bias`: a constant added to the logits of single tokens."""
+
+    conformance = MappingProxyType(
+        {"active_params": (SamplingParams(logit_bias={0: 5.0, 31: -3.5}), SamplingParams(logit_bias={7: 100.0}))}
+    )
 
     def __init__(self, init: SamplerInit) -> None:
         super().__init__(init)
@@ -84,6 +98,8 @@ class _Minimum:
 class MinTokens(LogitsProcessor):
     """`min_tokens`: no stop token before that many output tokens."""
 
+    conformance = MappingProxyType({"active_params": (SamplingParams(min_tokens=1), SamplingParams(min_tokens=5))})
+
     def __init__(self, init: SamplerInit) -> None:
         super().__init__(init)
         self._minima: dict[int, _Minimum] = {}
@@ -118,6 +134,16 @@ class _Counts:
 
 class Penalties(LogitsProcessor):
     """Repetition (Keskar et al. 2019), then frequency, then presence (OpenAI's definition)."""
+
+    conformance = MappingProxyType(
+        {
+            "active_params": (
+                SamplingParams(repetition_penalty=1.4),
+                SamplingParams(frequency_penalty=0.7, presence_penalty=-0.3),
+                SamplingParams(repetition_penalty=0.8, frequency_penalty=-0.5, presence_penalty=1.0),
+            )
+        }
+    )
 
     def __init__(self, init: SamplerInit) -> None:
         super().__init__(init)

@@ -1,0 +1,128 @@
+"""What the server adds to the engine's own time per token: streams over HTTP beside the same streams without it.
+
+    python benchmarks/server_overhead.py [--streams 64] [--tokens 64] [--rounds 5] [--json FILE]
+
+Both ways run in turn, each over an engine in a child process (`quire serve`'s default) on the bundled model.
+The clients of the HTTP streams run in a process of their own, as they would; they share the machine's cores
+with server and engine, so that on few cores the ratio holds the clients' work too. What counts is the ratio
+of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from quire import AsyncLLM, SamplingParams
+
+OPTIONS: dict[str, Any] = {"max_num_seqs": 64, "num_kv_blocks": 1200, "process": True}
+
+
+def prompt(index: int) -> str:
+    """A prompt that shares nothing with others."""
+    return f"{index}: tell me about it"
+
+
+async def direct(llm: AsyncLLM, streams: int, tokens: int) -> float:
+    """Seconds until every stream has ended, through the engine's own interface."""
+    began = time.perf_counter()
+
+    async def one(index: int) -> None:
+        params = SamplingParams(temperature=0.8, seed=index, max_tokens=tokens, ignore_eos=True)
+        async for _ in llm.stream(prompt(index), params):
+            pass
+
+    await asyncio.gather(*(one(index) for index in range(streams)))
+    return time.perf_counter() - began
+
+
+CLIENT = """
+import asyncio, json, sys, time
+url, streams, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+host, port = url.removeprefix("http://").split(":")
+
+async def one(index):
+    body = json.dumps({"prompt": f"{index}: tell me about it", "temperature": 0.8, "seed": index,
+                       "max_tokens": tokens, "ignore_eos": True, "stream": True}).encode()
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST /v1/completions HTTP/1.1\\r\\nHost: {host}\\r\\nContent-Type: application/json\\r\\n"
+    writer.write(head.encode() + f"Content-Length: {len(body)}\\r\\nConnection: close\\r\\n\\r\\n".encode() + body)
+    data = await reader.read(-1)
+    assert b"data: [DONE]" in data, data[-300:]
+    writer.close()
+
+async def main():
+    while sys.stdin.readline():
+        began = time.perf_counter()
+        await asyncio.gather(*(one(index) for index in range(streams)))
+        print(time.perf_counter() - began, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def serve(llm: AsyncLLM) -> tuple[str, Any, threading.Thread]:
+    """A server over the engine: (URL, listener, thread)."""
+    from quire_server.app import create_app
+    from quire_server.listener import Listener, open_socket
+    from quire_server.settings import ServerSettings
+    from quire_server.state import ServerState
+
+    state = ServerState(llm, ServerSettings(port=0, access_log=False))
+    socket = open_socket(state.settings)
+    listener = Listener(create_app(state), state)
+    thread = threading.Thread(target=listener.serve_on, args=(socket,))
+    thread.start()
+    return f"http://127.0.0.1:{socket.getsockname()[1]}", listener, thread
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    llm = AsyncLLM(**OPTIONS)
+    url, listener, thread = serve(llm)
+    arguments = [sys.executable, "-c", CLIENT, url, str(given.streams), str(given.tokens)]
+    client = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert client.stdin is not None
+    assert client.stdout is not None
+    alone, served = [], []
+    for round_ in range(given.rounds + 1):
+        client.stdin.write("go\n")
+        client.stdin.flush()
+        over_http = float(client.stdout.readline())
+        without = asyncio.run(direct(llm, given.streams, given.tokens))
+        if round_:  # the first one warms up
+            alone.append(without)
+            served.append(over_http)
+    client.stdin.close()
+    client.wait()
+    listener.should_exit = True
+    thread.join()
+    llm.shutdown()
+    tokens = given.streams * given.tokens
+    figures = {
+        "engine us/token": statistics.median(alone) / tokens * 1e6,
+        "server us/token": statistics.median(served) / tokens * 1e6,
+    }
+    figures["ratio"] = figures["server us/token"] / figures["engine us/token"]
+    for name, value in figures.items():
+        print(f"{name:20}{value:10.2f}")
+    if given.json is not None:
+        given.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
