@@ -1,6 +1,6 @@
-"""The OpenAI-compatible server: a plugin that adds `quire serve` and the configuration's section `server`.
+"""The OpenAI-compatible server: a plugin that adds `quire serve`, `quire batch` and the section `server`.
 
-Nothing of FastAPI is imported before the command runs.
+Nothing of FastAPI is imported before a command runs.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
 @hookimpl
 def quire_cli(app: typer.Typer) -> None:
-    """Add `quire serve`."""
+    """Add the commands."""
+    from quire_server.batch_command import batch
     from quire_server.command import serve
 
     app.command()(serve)
+    app.command()(batch)
 
 
 @hookimpl

@@ -17,7 +17,15 @@ from quire_server.settings import ServerSettings
 PANEL = "Server"
 ENGINE_LOST = 70
 """Exit code of a server whose engine could not be kept alive; EX_SOFTWARE of sysexits.h."""
-NEEDED = ("fastapi", "uvicorn", "orjson", "prometheus_client")
+NEEDED = ("fastapi", "httpx", "orjson", "prometheus_client", "uvicorn")
+
+
+def check_packages() -> None:
+    """Raises ConfigError if the extra `server` is not installed."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        remedy = "pip install 'quire[server]'"
+        raise ConfigError(f"serving needs packages that are not installed: {', '.join(missing)}", remedy=remedy)
 
 
 @engine_flags("model")
@@ -47,10 +55,7 @@ def serve(
 
     All settings stand in the configuration's section `server` too, as in QUIRE_SERVER__PORT.
     """
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        remedy = "pip install 'quire[server]'"
-        raise ConfigError(f"serving needs packages that are not installed: {', '.join(missing)}", remedy=remedy)
+    check_packages()
     options = options if model is None else {**options, "model": model}
     session = open_session(context, options, own_defaults={"process": True})
     given = session.configured.sections.get("server", {})

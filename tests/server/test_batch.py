@@ -1,0 +1,141 @@
+"""`quire batch`: every line gets one result, whatever it holds, and a run that was ended goes on."""
+
+import asyncio
+import json
+import logging
+
+import httpx
+import pytest
+from quire import ConfigError
+from quire.cli.app import app
+from quire_server.batch import Line, answered, client_for, read_lines, run_batch
+from typer.testing import CliRunner
+
+
+def request_line(custom_id, content="What is 27+45?", **more):
+    body = {"model": "quire-tiny", "messages": [{"role": "user", "content": content}], **more.pop("body", {})}
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body} | more
+
+
+@pytest.fixture
+def source(tmp_path):
+    lines = [
+        request_line("a"),
+        request_line("b", "Sort: 42, 7, 19"),
+        request_line("bad-body", body={"temperature": -1}),
+        request_line("a"),
+        request_line("stream", body={"stream": True}),
+        request_line("path", url="/v1/embeddings"),
+        request_line("method", method="GET"),
+        {"custom_id": "text", "url": "/v1/completions", "body": {"prompt": "x", "max_tokens": 2}},
+        {"url": "/v1/completions", "body": {}},
+        {"custom_id": "no-body", "url": "/v1/completions"},
+        [7],
+    ]
+    file = tmp_path / "in.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n\n{broken\n")
+    return file
+
+
+def results(target):
+    return {result["custom_id"]: result for result in map(json.loads, target.read_text().splitlines())}
+
+
+def run(server, source, target, concurrency=4):
+    async def main():
+        async with client_for(server, None) as client:
+            return await run_batch(client, read_lines(source), target, concurrency)
+
+    return asyncio.run(main())
+
+
+def test_every_line_has_one_result(server, source, tmp_path):
+    target = tmp_path / "out.jsonl"
+    summary = run(server, source, target)
+    found = results(target)
+    assert len(target.read_text().splitlines()) == len(found) == 12
+    assert (summary.succeeded, summary.failed, summary.skipped) == (3, 9, 0)
+    answer = found["a"]["response"]
+    assert (answer["status_code"], answer["body"]["choices"][0]["message"]["content"]) == (200, "72")
+    assert answer["request_id"]
+    assert found["b"]["response"]["body"]["choices"][0]["message"]["content"] == "7, 19, 42"
+    assert found["text"]["response"]["body"]["usage"]["completion_tokens"] <= 2
+    assert found["bad-body"]["response"]["status_code"] == 400
+    assert "temperature" in found["bad-body"]["response"]["body"]["error"]["message"]
+    problems = {key: result["error"]["message"] for key, result in found.items() if result["error"]}
+    assert set(problems) == {"line-4", "stream", "path", "method", "line-9", "no-body", "line-11", "line-13"}
+    assert "earlier line" in problems["line-4"]
+    assert "no JSON" in problems["line-13"]
+
+
+def test_an_ended_run_goes_on(server, source, tmp_path):
+    target = tmp_path / "out.jsonl"
+    run(server, source, target)
+    whole = target.read_text().splitlines(keepends=True)
+    kept = [line for line in whole if json.loads(line)["custom_id"] in ("a", "path")]
+    target.write_text("".join(kept) + whole[0][:20])  # ended in the middle of a write
+    summary = run(server, source, target)
+    assert summary.skipped == 2
+    assert target.read_text().startswith("".join(kept))
+    assert len(results(target)) == len(target.read_text().splitlines()) == 12
+    assert run(server, source, target).skipped == 12
+
+
+def test_another_file_is_not_written_to(tmp_path):
+    target = tmp_path / "notes.txt"
+    target.write_text("my notes\n")
+    with pytest.raises(ConfigError, match="no custom_id"):
+        answered(target)
+    assert target.read_text() == "my notes\n"
+
+
+def test_a_full_queue_is_waited_for_and_a_lost_server_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("quire_server.batch.PAUSE", 0.001)
+    seen = []
+
+    def answer(request):
+        seen.append(request.url.path)
+        if json.loads(request.content).get("lost"):
+            raise httpx.ConnectError("gone")
+        return httpx.Response(429 if len(seen) < 3 else 200, json={"ok": True})
+
+    async def main():
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://x") as client:
+            lines = [Line(1, "a", "/v1/completions", {}), Line(2, "b", "/v1/completions", {"lost": True})]
+            return await run_batch(client, lines, tmp_path / "out.jsonl", 1)
+
+    summary = asyncio.run(main())
+    found = results(tmp_path / "out.jsonl")
+    assert (summary.succeeded, summary.failed) == (1, 1)
+    assert found["a"]["response"]["status_code"] == 200
+    assert found["b"]["error"] == {"code": "connection_error", "message": "ConnectError: gone"}
+    assert len(seen) == 3 + 5
+
+
+@pytest.fixture
+def quire():
+    """Runs the program; its log is put back as it was."""
+    logger = logging.getLogger("quire")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield lambda *arguments: CliRunner().invoke(app, ["batch", *map(str, arguments)], prog_name="quire")
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
+def test_the_command_with_an_engine_of_its_own(quire, source, tmp_path):
+    target = tmp_path / "out.jsonl"
+    result = quire(source, target, "--num-kv-blocks", "200", "--concurrency", "3")
+    assert result.exit_code == 0, result.output
+    assert "3 answered, 9 failed, 0 had an answer already" in result.stderr
+    assert results(target)["a"]["response"]["body"]["choices"][0]["message"]["content"] == "72"
+
+
+def test_the_command_with_a_running_server(quire, server, source, tmp_path):
+    result = quire(source, tmp_path / "out.jsonl", "--url", f"{server}/v1")
+    assert result.exit_code == 0, result.output
+    assert "3 answered" in result.stderr
+    lost = quire(source, tmp_path / "other.jsonl", "--url", "http://127.0.0.1:9")
+    assert (lost.exit_code, "quire serve" in lost.stderr) == (1, True)
+    both = quire(source, tmp_path / "other.jsonl", "--url", server, "--dtype", "float32")
+    assert (both.exit_code, "no effect" in both.stderr) == (2, True)
+    missing = quire(tmp_path / "none.jsonl", tmp_path / "other.jsonl", "--url", server)
+    assert (missing.exit_code, "cannot read" in missing.stderr) == (2, True)
