@@ -132,6 +132,7 @@ def ready_block(llm: AsyncLLM, names: tuple[str, ...], url: str, *, has_key: boo
     body = f'{{"model": "{names[0]}", "messages": [{{"role": "user", "content": "What is 27+45?"}}]}}'
     return (
         f"ready in {seconds:.1f} s\n"
+        f"  page      {url}/\n"
         f"  API       {url}/v1      (health: {url}/health, metrics: {url}/metrics)\n"
         f"  model     {names[0]}\n"
         f"  context   {info.max_model_len:,} tokens\n"

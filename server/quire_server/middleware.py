@@ -22,8 +22,9 @@ logger = logging.getLogger("quire.server.access")
 
 REQUEST_ID = "X-Request-Id"
 SANE_ID = re.compile(r"[\x21-\x7e]{1,128}")
-PUBLIC = frozenset({"/health", "/ready", "/version"})
-"""Paths that need no key; all others, those that do not exist too, do."""
+PAGE = frozenset({"/", "/docs", "/page/page.css", "/page/page.js", "/page/stream.js", "/page/docs.js"})
+PUBLIC = frozenset({"/health", "/ready", "/version"}) | PAGE
+"""Paths that need no key, the page's own files among them; all others, those that do not exist too, do."""
 ANTHROPIC = "/v1/messages"
 """Beginning of the paths of Anthropic's API."""
 
