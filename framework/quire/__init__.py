@@ -15,6 +15,7 @@ from quire.errors import (
     RequestError,
     UnsupportedModel,
 )
+from quire.facade import EngineView, SequenceView
 from quire.llm import LLM
 from quire.outputs import CompletionOutput, Logprob, OutputDelta, PositionLogprobs, RequestOutput
 from quire.params import SamplingParams
@@ -30,6 +31,7 @@ __all__ = [
     "EngineConfig",
     "EngineDead",
     "EngineError",
+    "EngineView",
     "Logprob",
     "ModelNotFound",
     "OutOfMemory",
@@ -40,6 +42,7 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "SequenceView",
     "Submission",
     "UnsupportedModel",
     "__version__",

@@ -25,7 +25,7 @@ from quire.engine.chat import ChatFormat
 from quire.engine.intake import Prompt, Submission
 from quire.engine.served import ServedEngine
 from quire.errors import EngineDead, RequestError
-from quire.facade import EngineFacade
+from quire.facade import EngineFacade, EngineView
 from quire.outputs import OutputDelta
 from quire.params import SamplingParams, sampling_defaults
 from quire.registry import PluginHost
@@ -185,6 +185,11 @@ class AsyncLLM:
     async def reset_prefix_cache(self) -> None:
         """Forget cached prefixes. Raises RuntimeError while requests run."""
         await self._run(self._engine.reset_prefix_cache)
+
+    async def view(self) -> EngineView:
+        """What the engine is doing, between two steps. Raises EngineDead."""
+        answer = await self._run(self._engine.view)
+        return await asyncio.wrap_future(answer) if isinstance(answer, Future) else answer
 
     async def check_health(self, timeout: float = 10.0) -> None:
         """Ask the loop itself. Raises EngineDead if it has ended or does not answer in `timeout` seconds."""

@@ -1,4 +1,4 @@
-"""What hooks are given to look at: read-only views of the host and of a running engine."""
+"""What hooks and front ends are given to look at: read-only views of the host and of a running engine."""
 
 from __future__ import annotations
 
@@ -35,3 +35,32 @@ class EngineFacade:
     num_kv_blocks: int
     block_size: int
     selected: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceView:
+    """A sequence that holds KV blocks: its id, and its block table. A block in two tables is shared."""
+
+    sequence_id: str
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineView:
+    """What an engine is doing, between two steps. No token, no text.
+
+    Attributes:
+        num_blocks: blocks of the KV pool that can be granted; their ids count from 1.
+        num_cached_blocks: free ones whose content a later request may still hit.
+        num_waiting, num_running: sequences. num_preemptions: since the start.
+        num_step_tokens: tokens of the last step.
+        sequences: those that hold blocks.
+    """
+
+    num_blocks: int
+    num_cached_blocks: int
+    num_waiting: int
+    num_running: int
+    num_preemptions: int
+    num_step_tokens: int
+    sequences: tuple[SequenceView, ...]

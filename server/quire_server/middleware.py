@@ -22,7 +22,7 @@ logger = logging.getLogger("quire.server.access")
 
 REQUEST_ID = "X-Request-Id"
 SANE_ID = re.compile(r"[\x21-\x7e]{1,128}")
-PAGE = frozenset({"/", "/docs", "/page/page.css", "/page/page.js", "/page/stream.js", "/page/docs.js"})
+PAGE = frozenset({"/", "/docs", "/page/page.css", "/page/page.js", "/page/stream.js", "/page/grid.js", "/page/docs.js"})
 PUBLIC = frozenset({"/health", "/ready", "/version"}) | PAGE
 """Paths that need no key, the page's own files among them; all others, those that do not exist too, do."""
 ANTHROPIC = "/v1/messages"

@@ -9,7 +9,7 @@ from quire_server.routes.page import ASSETS, TYPES
 
 FOLDER = files("quire_server") / "page"
 TEXTS = {file.name: file.read_text() for file in FOLDER.iterdir() if file.name.rpartition(".")[2] in TYPES}
-PAGES = {"/": ("index.html", ("page.js", "stream.js")), "/docs": ("docs.html", ("docs.js", "stream.js"))}
+PAGES = {"/": ("index.html", ("page.js", "stream.js", "grid.js")), "/docs": ("docs.html", ("docs.js", "stream.js"))}
 
 
 def test_every_file_is_served_and_needs_no_key(http):

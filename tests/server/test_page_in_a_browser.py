@@ -65,8 +65,15 @@ def test_a_chat_with_everything(browser, server, tmp_path):
     for other in others:
         other.start()
     until(browser, lambda: int(browser.find_element("id", "running").text) >= 3)
-    assert float(browser.find_element("id", "pool").get_attribute("value")) > 0
+    coloured = """
+        const c = document.getElementById("grid"), d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
+        let n = 0;
+        for (let i = 0; i < d.length; i += 4) n += d[i] !== d[i + 1];
+        return n;
+    """
+    until(browser, lambda: browser.execute_script(coloured) > 500)
     assert int(browser.find_element("id", "rate").text) > 0
+    browser.execute_script("document.querySelector('aside').scrollTop = 0")
     browser.save_screenshot(os.environ.get("QUIRE_SCREENSHOT", str(tmp_path / "page.png")))
     for other in others:
         other.join()

@@ -22,7 +22,7 @@ from quire.engine.emission import Emission
 from quire.engine.intake import Intake, Prompt, Submission
 from quire.engine.metrics import Metrics, StepTimes, step_stats
 from quire.errors import EngineDead, RequestError
-from quire.facade import EngineFacade
+from quire.facade import EngineFacade, EngineView, SequenceView
 from quire.outputs import OutputDelta
 from quire.params import SamplingParams
 from quire.resolve import ResolvedConfig
@@ -151,6 +151,21 @@ class Engine:
     def scheduler_stats(self) -> SchedulerStats:
         """The queues' snapshot."""
         return self.parts.scheduler.stats()
+
+    def view(self) -> EngineView:
+        """Who holds which blocks, and how much there is to do."""
+        kv, queues = self.kv_stats(), self.scheduler_stats()
+        keys = (key for request in self._emission.live_ids() for key in self._emission.sequence_ids(request))
+        tables = (SequenceView(key, tuple(self.parts.allocator.blocks(key))) for key in keys)
+        return EngineView(
+            num_blocks=kv.total,
+            num_cached_blocks=kv.cached,
+            num_waiting=queues.num_waiting,
+            num_running=queues.num_running,
+            num_preemptions=queues.num_preemptions,
+            num_step_tokens=self.last_step.num_tokens if self.last_step is not None else 0,
+            sequences=tuple(table for table in tables if table.block_ids),
+        )
 
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes. Raises RuntimeError while requests run."""

@@ -11,7 +11,7 @@ from quire.contract.metrics import MetricsSink
 from quire.contract.scheduling import SchedulerStats
 from quire.engine.chat import ChatFormat
 from quire.engine.intake import Prompt, Submission
-from quire.facade import EngineFacade
+from quire.facade import EngineFacade, EngineView
 from quire.outputs import OutputDelta
 from quire.params import SamplingParams
 from quire.resolve import ResolvedConfig
@@ -70,6 +70,9 @@ class ServedEngine(Protocol):
 
     def scheduler_stats(self) -> SchedulerStats:
         """The queues' snapshot."""
+
+    def view(self) -> EngineView | Future[EngineView]:
+        """Who holds which blocks, and how much there is to do. Raises EngineDead."""
 
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes. Raises RuntimeError while requests run."""

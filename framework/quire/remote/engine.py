@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -18,13 +19,13 @@ from quire.engine.engine import engine_info
 from quire.engine.intake import Prompt, Submission
 from quire.engine.metrics import Metrics
 from quire.errors import EngineDead, RequestError
-from quire.facade import EngineFacade
+from quire.facade import EngineFacade, EngineView
 from quire.outputs import OutputDelta
 from quire.params import SamplingParams
 from quire.registry import PluginHost
 from quire.remote.child import Child
 from quire.remote.ledger import LiveRequest
-from quire.remote.messages import Abort, Accepted, Begin, News, Refused, Reset, ToParent
+from quire.remote.messages import Abort, Accepted, Begin, Look, News, Refused, Reset, Seen, ToParent
 from quire.remote.supervisor import Listeners, Supervisor
 from quire.resolve import ResolvedConfig
 from quire.tokenizer import Tokenizer
@@ -54,6 +55,7 @@ class RemoteEngine:
         self._kv, self._queues = self._ready.kv, self._ready.queues
         self._live: dict[str, LiveRequest] = {}
         self._news: list[OutputDelta] = []
+        self._looks: deque[Future[EngineView]] = deque()
         self._dead: str | None = None
         self._metrics = Metrics((), time.monotonic)
         self._supervisor: Supervisor | None = None
@@ -156,6 +158,15 @@ class RemoteEngine:
         """The queues' snapshot, as last told."""
         return self._queues
 
+    def view(self) -> Future[EngineView]:
+        """Ask the child. Raises EngineDead if there is none."""
+        if self._child is None:
+            raise EngineDead(self.health() or "the engine's process has ended")
+        looked: Future[EngineView] = Future()
+        self._looks.append(looked)
+        self._child.send(Look())
+        return looked
+
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes. Raises RuntimeError while requests run."""
         if self._live:
@@ -176,6 +187,10 @@ class RemoteEngine:
     def _said(self, message: ToParent) -> None:
         if isinstance(message, News):
             self._take(message)
+        elif isinstance(message, Seen):
+            looked = self._looks.popleft()
+            if looked.set_running_or_notify_cancel():
+                looked.set_result(message.view)
         elif isinstance(message, Accepted):
             if message.request_id in self._live:
                 self._live[message.request_id].settle()
@@ -202,6 +217,10 @@ class RemoteEngine:
 
     def _lost(self) -> None:
         self._child = None
+        while self._looks:
+            looked = self._looks.popleft()
+            if looked.set_running_or_notify_cancel():
+                looked.set_exception(EngineDead("the engine's process has ended"))
         for live in list(self._live.values()):
             live.lose()
             if live.num_losses > MAX_LOSSES:

@@ -11,6 +11,7 @@ from quire.contract.metrics import RequestStats, StepStats
 from quire.contract.request import Request
 from quire.contract.scheduling import SchedulerStats
 from quire.engine.intake import Submission
+from quire.facade import EngineView
 from quire.outputs import OutputDelta
 from quire.params import SamplingParams
 
@@ -96,6 +97,10 @@ class Reset(Message):
     """Forget cached prefixes; sent only while no request lives."""
 
 
+class Look(Message):
+    """Tell what the engine is doing; answered by `Seen`."""
+
+
 class Stop(Message):
     """Let everything go and exit."""
 
@@ -144,6 +149,12 @@ class News(Message):
     requests: list[RequestStats] = field(default_factory=list)
 
 
+class Seen(Message):
+    """The answer to the oldest `Look` that has none."""
+
+    view: EngineView
+
+
 class Beat(Message):
     """Sign of life, once a second.
 
@@ -154,5 +165,5 @@ class Beat(Message):
     busy_s: float
 
 
-ToChild = Begin | Add | Abort | Reset | Stop
-ToParent = Ready | Failed | Accepted | Refused | News | Beat
+ToChild = Begin | Add | Abort | Reset | Look | Stop
+ToParent = Ready | Failed | Accepted | Refused | News | Seen | Beat

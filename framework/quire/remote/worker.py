@@ -23,7 +23,22 @@ from quire.errors import QuireError, RequestError
 from quire.outputs import OutputDelta
 from quire.registry import HostOptions, build_host
 from quire.remote.channel import Channel, ChannelClosed
-from quire.remote.messages import Abort, Accepted, Add, Beat, Begin, Failed, News, Ready, Refused, Reset, Stop, ToChild
+from quire.remote.messages import (
+    Abort,
+    Accepted,
+    Add,
+    Beat,
+    Begin,
+    Failed,
+    Look,
+    News,
+    Ready,
+    Refused,
+    Reset,
+    Seen,
+    Stop,
+    ToChild,
+)
 
 BEAT_INTERVAL = 1.0
 """Seconds between two signs of life."""
@@ -98,6 +113,8 @@ class Worker:
             return engine.abort(message.request_id)
         elif isinstance(message, Reset):
             engine.reset_prefix_cache()
+        elif isinstance(message, Look):
+            self._channel.send(Seen(engine.view()))
         elif isinstance(message, Stop):
             self._told_to_stop = True
         return []

@@ -1,3 +1,4 @@
+import { draw } from "./grid.js";
 import { chat, headers, readMetrics } from "./stream.js";
 
 const at = (id) => document.getElementById(id);
@@ -119,14 +120,20 @@ async function tellModel() {
 
 let last = null; // (generated tokens, time) of the last look
 
+async function get(path) {
+  const found = await fetch(path, { headers: headers(at("key").value) });
+  return found.ok ? found : null;
+}
+
 async function look() {
   try {
-    const found = await fetch("metrics", { headers: headers(at("key").value) });
-    if (found.ok) tellEngine(readMetrics(await found.text()));
+    const [samples, engine] = await Promise.all([get("metrics"), get("engine")]);
+    if (samples) tellEngine(readMetrics(await samples.text()));
+    if (engine) tellBlocks(await engine.json());
   } catch {
     at("rate").textContent = "no answer";
   }
-  setTimeout(look, INTERVAL);
+  setTimeout(look, document.hidden ? 10 * INTERVAL : INTERVAL);
 }
 
 function tellEngine(metrics) {
@@ -137,12 +144,16 @@ function tellEngine(metrics) {
   at("running").textContent = metrics.num_requests_running ?? 0;
   at("waiting").textContent = metrics.num_requests_waiting ?? 0;
   at("preemptions").textContent = metrics.num_preemptions_total ?? 0;
-  const used = metrics.kv_cache_usage_perc ?? 0;
-  at("cache").textContent = `${(100 * used).toFixed(1)} %`;
-  at("pool").value = used;
+  at("cache").textContent = `${(100 * (metrics.kv_cache_usage_perc ?? 0)).toFixed(1)} %`;
   const asked = metrics.prefix_cache_queries_total ?? 0;
   const hits = metrics.prefix_cache_hits_total ?? 0;
   at("hits").textContent = asked ? `${((100 * hits) / asked).toFixed(0)} %` : "–";
+}
+
+function tellBlocks(view) {
+  draw(at("grid"), view);
+  at("step").textContent = view.num_step_tokens;
+  at("cached").textContent = `${view.num_cached_blocks} of ${view.num_blocks}`;
 }
 
 tellModel();

@@ -1,0 +1,50 @@
+// The KV pool as a grid: one square per block, in the colour of the request that holds it.
+
+const SIDE = 12; // pixels of a square and the gap behind it
+const GAP = 2;
+const MOST = 1500; // squares; of a larger pool each square stands for several blocks
+
+/** A hue that stays with the request: neighbours in time get colours that are far apart. */
+export function hue(id) {
+  let hash = 0;
+  for (const letter of id) hash = (hash * 31 + letter.codePointAt(0)) >>> 0;
+  return (hash * 137.508) % 360;
+}
+
+/** What each square shows: the first holder of its blocks, and whether one of them is shared. */
+export function squares(view) {
+  const each = Math.max(1, Math.ceil(view.num_blocks / MOST));
+  const found = Array.from({ length: Math.ceil(view.num_blocks / each) }, () => ({ holder: null, shared: false }));
+  const holders = new Map();
+  for (const { id, blocks } of view.sequences) {
+    for (const block of blocks) {
+      const square = found[Math.floor((block - 1) / each)];
+      square.holder ??= id;
+      if (holders.has(block)) square.shared = true;
+      holders.set(block, id);
+    }
+  }
+  return found;
+}
+
+export function draw(canvas, view) {
+  const all = squares(view);
+  const perRow = Math.floor(canvas.width / SIDE);
+  const rows = Math.ceil(all.length / perRow);
+  if (canvas.height !== rows * SIDE) canvas.height = rows * SIDE;
+  const context = canvas.getContext("2d");
+  const style = getComputedStyle(canvas);
+  context.clearRect(0, 0, canvas.width, canvas.height);
+  all.forEach(({ holder, shared }, index) => {
+    const [x, y] = [(index % perRow) * SIDE, Math.floor(index / perRow) * SIDE];
+    context.globalAlpha = holder === null ? 0.15 : 1;
+    context.fillStyle = holder === null ? style.color : `hsl(${hue(holder)} 65% 52%)`;
+    context.fillRect(x, y, SIDE - GAP, SIDE - GAP);
+    if (shared) {
+      context.globalAlpha = 1;
+      context.lineWidth = 2;
+      context.strokeStyle = style.color;
+      context.strokeRect(x + 1, y + 1, SIDE - GAP - 2, SIDE - GAP - 2);
+    }
+  });
+}
