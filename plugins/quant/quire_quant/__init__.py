@@ -1,4 +1,4 @@
-"""quant: quantization methods. So far int8 weights, made when an unquantized checkpoint is loaded."""
+"""quant: reads GPTQ and AWQ checkpoints; makes int8 weights when an unquantized checkpoint is loaded."""
 
 from __future__ import annotations
 
@@ -19,4 +19,17 @@ def quire_providers() -> Iterable[Provider]:
             options="quire_quant.int8:Int8Options",
             summary="int8 weights, rounded to nearest at load",
         ),
+        _reader("gptq", "GPTQMethod", "GPTQ checkpoints of 2, 3, 4 and 8 bits"),
+        _reader("awq", "AWQMethod", "AWQ checkpoints, gemm and gemv"),
+    )
+
+
+def _reader(name: str, target: str, summary: str) -> Provider:
+    return Provider(
+        "quantization",
+        name,
+        f"quire_quant.{name}:{target}",
+        api=1,
+        options="quire_quant.linear:KernelOptions",
+        summary=summary,
     )
