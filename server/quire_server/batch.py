@@ -64,7 +64,8 @@ def read_lines(source: Path) -> list[Line]:
         line = _line(number, text)
         if line.custom_id in seen:
             line = Line(number, f"line-{number}", problem=f"custom_id {line.custom_id!r} stands on an earlier line too")
-        seen.add(line.custom_id)
+        if not line.problem:
+            seen.add(line.custom_id)
         lines.append(line)
     return lines
 

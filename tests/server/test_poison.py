@@ -78,19 +78,7 @@ def poisons():
         yield CHAT, {"messages": HELLO} | more
 
 
-ODD = (
-    None,
-    7,
-    [],
-    {},
-    [7],
-    [[]],
-    [{}],
-    [{"type": []}],
-    [{"type": 7}],
-    [{"type": "text"}],
-    [{"type": "text", "text": 7}],
-)
+ODD = (None, 7, {}, [7], [[]], [{}], [{"type": []}], [{"type": 7}], [{"type": "text"}], [{"type": "text", "text": 7}])
 """Contents of the wrong shape, to be put wherever a content may stand."""
 
 
