@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quire_quant.bits import WORD, unpack
 from quire_quant.codes import Codes, Form
-from quire_quant.linear import CheckpointMethod, CodesLinear
+from quire_quant.linear import CheckpointMethod, CodesLinear, by_group
 
 logger = logging.getLogger(__name__)
 
@@ -112,16 +112,7 @@ class GPTQLinear(CodesLinear):
     def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Codes, ...]:
         codes = unpack(tensors["qweight"], self.form.bits, self.spec.in_features).t().contiguous()
         whole = Codes(self.form, codes, tensors["scales"].t().contiguous(), self._zeros(tensors["qzeros"]))
-        if "g_idx" not in tensors:
-            return (whole,)
-        orders = tensors["g_idx"].long().view(len(self.sources), -1)
-        if bool((orders == orders[0]).all()):
-            return (self._ordered(whole, orders[0]),)
-        parts, start = [], 0
-        for source, order in zip(self.sources, orders, strict=True):
-            parts.append(self._ordered(whole.rows(start, start + source.out_features), order))
-            start += source.out_features
-        return tuple(parts)
+        return by_group(whole, tensors.get("g_idx"), self.sources, f"GPTQ {self.spec.name}")
 
     def _zeros(self, words: Tensor) -> Tensor | None:
         """uint8 [N, G]; None where all are in the middle. A header that says `sym` is believed if it can be."""
@@ -134,19 +125,6 @@ class GPTQLinear(CodesLinear):
             logger.warning("%s: zero points are not all equal although sym is true; they are used", self.spec.name)
         mask = (1 << bits) - 1
         return (stored.int() + int(self._is_v1)).bitwise_and(mask).to(torch.uint8)
-
-    def _ordered(self, codes: Codes, g_idx: Tensor) -> Codes:
-        """Columns sorted by group, if they are not."""
-        runs = torch.arange(len(g_idx)) // self.form.group_size
-        if torch.equal(g_idx, runs):
-            return codes
-        perm = torch.argsort(g_idx, stable=True)
-        if not torch.equal(g_idx[perm], runs):
-            raise UnsupportedModel(
-                f"GPTQ {self.spec.name}: g_idx does not make groups of {self.form.group_size} inputs",
-                remedy="group_size in quantization_config is not the one it was made with",
-            )
-        return Codes(codes.form, codes.codes[:, perm], codes.scales, codes.zeros, perm)
 
 
 def _settings(config: Mapping[str, Any]) -> LayerSettings:

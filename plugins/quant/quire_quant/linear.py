@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -116,12 +116,7 @@ class CheckpointMethod(QuantMethod):
         super().__init__(init)
         self.options: KernelOptions = init.options or KernelOptions()
         self.kernels: dict[str, tuple[str, str]] = {}
-        experts = [name for name in init.stored if ".experts." in name and name.endswith(f".{self.marker}")]
-        if experts:
-            raise UnsupportedModel(
-                f"{experts[0]} is an expert in quantized form; experts are read unquantized only",
-                remedy="take a checkpoint whose experts are not quantized, or a dense model",
-            )
+        refuse_experts(name for name in init.stored if name.endswith(f".{self.marker}"))
 
     def is_quantized(self, source: LinearSpec) -> bool:
         """Whether the checkpoint stores the layer in quantized form."""
@@ -143,3 +138,44 @@ class CheckpointMethod(QuantMethod):
                         f"its quantization settings make it {list(tensor.shape)}",
                         remedy="bits, group_size or format in quantization_config are not those it was made with",
                     )
+
+
+def refuse_experts(quantized: Iterable[str]) -> None:
+    """Raises UnsupportedModel if one of these tensors belongs to an expert."""
+    experts = [name for name in quantized if ".experts." in name]
+    if experts:
+        raise UnsupportedModel(
+            f"{experts[0]} is an expert in quantized form; experts are read unquantized only",
+            remedy="take a checkpoint whose experts are not quantized, or a dense model",
+        )
+
+
+def by_group(codes: Codes, g_idx: Tensor | None, sources: tuple[LinearSpec, ...], name: str) -> tuple[Codes, ...]:
+    """Columns sorted by the group of each input: in one piece, or in one for each source if their orders differ.
+
+    Args:
+        codes: the fused layer's. g_idx: the sources' groups of inputs, one below the other [S * K], or None.
+    """
+    if g_idx is None:
+        return (codes,)
+    orders = g_idx.long().view(len(sources), -1)
+    if bool((orders == orders[0]).all()):
+        return (_sorted(codes, orders[0], name),)
+    parts, start = [], 0
+    for source, order in zip(sources, orders, strict=True):
+        parts.append(_sorted(codes.rows(start, start + source.out_features), order, name))
+        start += source.out_features
+    return tuple(parts)
+
+
+def _sorted(codes: Codes, g_idx: Tensor, name: str) -> Codes:
+    runs = torch.arange(len(g_idx)) // codes.form.group_size
+    if torch.equal(g_idx, runs):
+        return codes
+    perm = torch.argsort(g_idx, stable=True)
+    if not torch.equal(g_idx[perm], runs):
+        raise UnsupportedModel(
+            f"{name}: g_idx does not make groups of {codes.form.group_size} inputs",
+            remedy="group_size in quantization_config is not the one it was made with",
+        )
+    return Codes(codes.form, codes.codes[:, perm], codes.scales, codes.zeros, perm)

@@ -148,3 +148,31 @@ def quantized_checkpoint(
     else:
         (made / file_name).write_text(json.dumps(settings))
     return made, plain
+
+
+def compressed_tensors(layer: Layer, bits: int, *, sym: bool = False, g_idx: bool = False) -> dict[str, Tensor]:
+    """As compressed-tensors' pack-quantized stores them: the transpose of GPTQ's, zero points as they are."""
+    stored = {
+        "weight_packed": pack_along(layer.codes.t(), bits),
+        "weight_scale": layer.scales.t().contiguous(),
+        "weight_shape": torch.tensor([layer.codes.shape[1], layer.codes.shape[0]]),
+    }
+    if not sym:
+        stored["weight_zero_point"] = pack_down(layer.zeros.t(), bits)
+    return stored | ({"weight_g_idx": layer.g_idx.int()} if g_idx else {})
+
+
+def fp8_tensors(
+    inputs: int, outputs: int, scale_shape: tuple[int, ...], *, block: int = 128, name: str = "weight_scale", seed: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """A random float8 weight with scales of that shape: (tensors, the weight [N, K] that they mean, float64)."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs, generator=generator).to(torch.float8_e4m3fn)
+    scale = torch.rand(scale_shape, generator=generator) * 0.05 + 0.01
+    if scale.numel() == 1:
+        wide = scale.view(1, 1).expand(outputs, inputs)
+    elif outputs in scale_shape and scale.numel() == outputs:
+        wide = scale.view(outputs, 1).expand(outputs, inputs)
+    else:
+        wide = scale.repeat_interleave(block, 0)[:outputs].repeat_interleave(block, 1)[:, :inputs]
+    return {"weight": weight, name: scale}, weight.double() * wide.double()
