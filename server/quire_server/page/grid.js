@@ -4,11 +4,13 @@ const SIDE = 12; // pixels of a square and the gap behind it
 const GAP = 2;
 const MOST = 1500; // squares; of a larger pool each square stands for several blocks
 
-/** A hue that stays with the request: neighbours in time get colours that are far apart. */
+const order = new Map(); // request -> how many came before it
+
+/** A hue that stays with the request; requests that follow each other get hues that are far apart. */
 export function hue(id) {
-  let hash = 0;
-  for (const letter of id) hash = (hash * 31 + letter.codePointAt(0)) >>> 0;
-  return (hash * 137.508) % 360;
+  const request = id.split("#")[0];
+  if (!order.has(request)) order.set(request, order.size);
+  return (order.get(request) * 137.508) % 360;
 }
 
 /** What each square shows: the first holder of its blocks, and whether one of them is shared. */
