@@ -11,6 +11,9 @@ import torch
 from quire.plugin import ConfigError
 from torch import Tensor
 
+PIECE = 1 << 16
+"""Characters of plain text that are made tokens at a time."""
+
 
 def read_rows(path: Path, tokenizer: Any, length: int, count: int) -> Tensor:
     """Token ids int64 [rows, length], at most `count` rows of the file's text, cut one behind the other.
@@ -36,18 +39,20 @@ def read_rows(path: Path, tokenizer: Any, length: int, count: int) -> Tensor:
 
 
 def _texts(path: Path, tokenizer: Any) -> Iterator[str]:
+    """Pieces of plain text that end with a line, so that a large file is not read whole; or each line's text."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            if path.suffix != ".jsonl":
+                while lines := file.readlines(PIECE):
+                    yield "".join(lines)
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _text_of(line, f"{path}:{number}", tokenizer)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"calibration: {path} cannot be read: {error}", remedy="name a text or JSON lines file"
         ) from None
-    if path.suffix != ".jsonl":
-        yield text
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            yield _text_of(line, f"{path}:{number}", tokenizer)
 
 
 def _text_of(line: str, where: str, tokenizer: Any) -> str:

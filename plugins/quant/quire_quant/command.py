@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from quire.commands import note, print_table, resolve_checkpoint
-from quire.plugin import ConfigError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-if TYPE_CHECKING:
-    from quire_quant.produce import Report
-
-BITS = (2, 3, 4, 8)
 
 
 def quantize(
@@ -38,10 +32,6 @@ def quantize(
     GPTQ and AWQ choose codes by what calibration text does to each layer. AWQ of 4 bits is stored in AWQ's
     format, everything else in GPTQ's.
     """
-    if bits not in BITS:
-        raise ConfigError(f"--bits is {bits}", remedy=f"allowed are {', '.join(map(str, BITS))}")
-    if group_size != -1 and group_size < 8:
-        raise ConfigError(f"--group-size is {group_size}", remedy="it must be at least 8, or -1 for one group")
     from transformers import AutoTokenizer
 
     from quire_quant.calibration import read_rows
@@ -57,23 +47,12 @@ def quantize(
         note(f"calibrating with {len(rows)} rows of {sequence_length} tokens")
     with bar() as show:
         report = produce(source, out, recipe, rows, show)
-    print_table(("WHAT", "BEFORE", "AFTER"), summary(report))
+    print_table(("WHAT", "BEFORE", "AFTER"), report.table())
+    if report.errors:
+        note(report.worst())
     if report.skipped:
         note(f"left as they were, as they do not fill whole groups and words: {', '.join(report.skipped)}")
     note(f"written to {out}; try: quire run -m {out}")
-
-
-def summary(report: Report) -> list[tuple[str, str, str]]:
-    """Rows of a table."""
-    lines = [("bytes of weights", f"{report.bytes_before:,}", f"{report.bytes_after:,}")]
-    if report.perplexity_before is not None:
-        lines.append(("perplexity", f"{report.perplexity_before:.4f}", f"{report.perplexity_after:.4f}"))
-    if report.errors:
-        worst = max(report.errors, key=lambda name: report.errors[name])
-        mean = sum(report.errors.values()) / len(report.errors)
-        lines.append(("error of a layer, mean", "0", f"{mean:.4f}"))
-        lines.append((f"error of {worst}, the worst", "0", f"{report.errors[worst]:.4f}"))
-    return lines
 
 
 @contextmanager

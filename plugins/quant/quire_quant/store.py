@@ -13,6 +13,8 @@ from quire_quant.awq import ORDER, PER_WORD, columns
 from quire_quant.bits import WORD, pack, unpack
 from quire_quant.solve import Solution, Target
 
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+
 
 def is_awq(method: str, target: Target) -> bool:
     """Whether the result is stored in AWQ's format; it has 4 bits only, and other results are stored in GPTQ's."""

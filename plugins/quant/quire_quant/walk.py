@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,27 +67,27 @@ class Walk:
 
         Notes what each layer is called with, for `run`.
         """
-        base = self.model.model
         for name, module in list(self.model.named_modules()):
             if not name.startswith("model.layers."):
                 self._materialize(module, name)
-        kept = base.layers
-        self.calls: list[Any] = []
-        base.layers = nn.ModuleList(Recorder(layer, self.calls) for layer in kept)
-        try:
-            base(input_ids=rows[:1], use_cache=False)
-            first = torch.cat([self._first_input(row[None]) for row in rows])
-        finally:
-            base.layers = kept
-        return first
+        layers = self.model.model.layers
+        entered: list[Any] = []
+        self._calls: list[Any] = []
+        with self._standing_in(StandIn(layer, self._calls) for layer in layers):
+            self.model.model(input_ids=rows[:1], use_cache=False)
+        with self._standing_in([StandIn(layers[0], entered)]):
+            for row in rows:
+                self.model.model(input_ids=row[None], use_cache=False)
+        return torch.cat([hidden for hidden, _, _ in entered])
 
-    def _first_input(self, row: Tensor) -> Tensor:
-        seen: list[Any] = []
-        recorders = self.model.model.layers
-        recorders[0].calls = seen
-        self.model.model(input_ids=row, use_cache=False)
-        hidden: Tensor = seen[0][0]
-        return hidden
+    @contextmanager
+    def _standing_in(self, stand_ins: Iterable[nn.Module]) -> Iterator[None]:
+        base = self.model.model
+        layers, base.layers = base.layers, nn.ModuleList(stand_ins)
+        try:
+            yield
+        finally:
+            base.layers = layers
 
     def _materialize(self, module: nn.Module, path: str) -> None:
         """Give a module's own parameters and buffers their values."""
@@ -100,13 +102,11 @@ class Walk:
             if parameter.is_meta:
                 setattr(module, name, nn.Parameter(self.tensor(stored).float(), requires_grad=False))
 
-    def load(self, index: int, changed: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """The layer with its stored weights in float32, or with those in `changed` (names within the layer)."""
+    def load(self, index: int) -> nn.Module:
+        """The layer with its stored weights in float32."""
         layer: nn.Module = self.model.model.layers[index]
         for name, module in layer.named_modules():
             self._materialize(module, f"model.layers.{index}" + (f".{name}" if name else ""))
-        for name, tensor in (changed or {}).items():
-            layer.get_parameter(name).data = tensor.float()
         return layer
 
     def unload(self, index: int) -> None:
@@ -116,39 +116,67 @@ class Walk:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
-    def run(self, index: int, hidden: Tensor) -> Tensor:
-        """[R, L, hidden] through the layer that is loaded, row by row."""
-        layer, (_, arguments, options) = self.model.model.layers[index], self.calls[index]
-        outs = []
+    def run(self, index: int, row: Tensor) -> Tensor:
+        """[L, hidden] through the layer that is loaded."""
+        layer, (_, arguments, options) = self.model.model.layers[index], self._calls[index]
+        out = layer(row[None], *arguments, **options)
+        hidden: Tensor = out[0] if isinstance(out, tuple) else out
+        return hidden[0]
+
+    def advance(self, index: int, hidden: Tensor) -> None:
+        """Replace [R, L, hidden] by what the layer that is loaded makes of it."""
         for row in hidden:
-            out = layer(row[None], *arguments, **options)
-            outs.append(out[0] if isinstance(out, tuple) else out)
-        return torch.cat(outs)
+            row.copy_(self.run(index, row))
 
     def perplexity(self, hidden: Tensor, rows: Tensor) -> float:
         """Of token ids [R, L], from what leaves the last layer."""
         losses = []
         for state, row in zip(hidden, rows, strict=True):
-            logits = self.model.lm_head(self.model.model.norm(state[None]))[0]
-            cap = getattr(self.model.config, "final_logit_softcapping", None)
-            logits = torch.tanh(logits / cap) * cap if cap else logits
+            # The model's own head, as some scale or cap their logits.
+            with self._standing_in([StandIn(self.model.model.layers[0], [], state[None])]):
+                logits = self.model(input_ids=row[None], use_cache=False).logits[0].float()
             losses.append(nn.functional.cross_entropy(logits[:-1], row[1:]))
         return float(torch.stack(losses).mean().exp())
 
 
-class Recorder(nn.Module):
-    """Stands for a layer: notes how it is called and passes its input on."""
+class StandIn(nn.Module):
+    """Stands for a layer: notes how it is called, and passes its input on or answers with `answer`."""
 
-    def __init__(self, layer: nn.Module, calls: list[Any]) -> None:
+    def __init__(self, layer: nn.Module, calls: list[Any], answer: Tensor | None = None) -> None:
         super().__init__()
-        self.calls = calls
+        self.calls, self.answer = calls, answer
         for name in ("attention_type", "layer_type"):  # the model reads these of its layers
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))
 
     def forward(self, hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
         self.calls.append((hidden, arguments, options))
-        return hidden
+        return hidden if self.answer is None else self.answer
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """The calibration inputs [R, L, hidden] of one layer that is loaded."""
+
+    walk: Walk
+    index: int
+    hidden: Tensor
+
+    def probe(self) -> Tensor:
+        """What the layer makes of the first row."""
+        return self.walk.run(self.index, self.hidden[0])
+
+    def visit(self) -> None:
+        """Send all through for hooks to see; each row no further than a hook wants it."""
+        for row in self.hidden:
+            try:
+                self.walk.run(self.index, row)
+            except Enough:
+                continue
+
+
+class Enough(Exception):
+    """A hook has seen what it wanted of this row."""
 
 
 def linears(layer: nn.Module) -> dict[str, nn.Linear]:
@@ -156,7 +184,7 @@ def linears(layer: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in layer.named_modules() if type(module) is nn.Linear}
 
 
-def sharing(layer: nn.Module, run: Any) -> list[list[str]]:
+def sharing(layer: nn.Module, run: Callable[[], object]) -> list[list[str]]:
     """Linear layers in the order of their use, those with one input together; `run` calls the layer once."""
     order: list[tuple[Tensor, str]] = []
     hooks = [
@@ -178,20 +206,23 @@ def sharing(layer: nn.Module, run: Any) -> list[list[str]]:
 
 
 class Moment:
-    """XᵀX / tokens and the mean of |X| of a linear layer's inputs."""
+    """XᵀX / tokens and the mean of |X| of a linear layer's inputs; `last`: nothing behind it needs to run."""
 
-    def __init__(self, module: nn.Linear) -> None:
+    def __init__(self, module: nn.Linear, last: bool) -> None:
         size = module.in_features
-        self.total, self.magnitude, self.count = torch.zeros(size, size), torch.zeros(size), 0
+        self._total, self._magnitude, self._count = torch.zeros(size, size), torch.zeros(size), 0
+        self._last = last
         self._hook = module.register_forward_pre_hook(self._see)
 
     def _see(self, module: nn.Module, inputs: Sequence[Tensor]) -> None:
         x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-        self.total.addmm_(x.t(), x)
-        self.magnitude += x.abs().sum(0)
-        self.count += len(x)
+        self._total.addmm_(x.t(), x)
+        self._magnitude += x.abs().sum(0)
+        self._count += len(x)
+        if self._last:
+            raise Enough
 
     def done(self) -> tuple[Tensor, Tensor]:
         """(moment [K, K], mean of magnitudes [K]) of what was seen."""
         self._hook.remove()
-        return self.total / self.count, self.magnitude / self.count
+        return self._total / self._count, self._magnitude / self._count
