@@ -18,10 +18,20 @@ from quire.cli.console import note, print_table
 from quire.cli.flags import engine_flags
 from quire.cli.session import Session, open_session
 from quire.contract.metrics import MetricsSink
-from quire.loader.checkpoint import BUNDLED
+from quire.loader.checkpoint import BUNDLED, Checkpoint, resolve_checkpoint
 from quire.remote.start import served_engine
 
-__all__ = ["BUNDLED", "Session", "engine_flags", "note", "open_session", "print_table", "start_engine"]
+__all__ = [
+    "BUNDLED",
+    "Checkpoint",
+    "Session",
+    "engine_flags",
+    "note",
+    "open_session",
+    "print_table",
+    "resolve_checkpoint",
+    "start_engine",
+]
 
 
 def start_engine(session: Session, sinks: Sequence[tuple[str, MetricsSink]] = ()) -> AsyncLLM:
