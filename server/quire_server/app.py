@@ -8,24 +8,27 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from quire import QuireError, __version__
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from quire_server.errors import ApiError, ErrorEnvelope, as_api_error
+from quire_server.errors import AnthropicErrorEnvelope, ApiError, ErrorEnvelope, as_api_error
 from quire_server.middleware import ApiKey, BodyLimit, RequestId, answer
 from quire_server.routes import anthropic, engine, openai, operations, page, responses
 from quire_server.state import ServerState
 from quire_server.tracing import Tracing, otlp_provider
 
-ERRORS: Mapping[int | str, dict[str, Any]] = {
-    400: {"model": ErrorEnvelope, "description": "Something in the request cannot be honoured."},
-    401: {"model": ErrorEnvelope, "description": "A key is missing or wrong."},
-    404: {"model": ErrorEnvelope, "description": "No such path or model."},
-    413: {"model": ErrorEnvelope, "description": "The body is too large."},
-    429: {"model": ErrorEnvelope, "description": "The queue is full; try again later."},
-    503: {"model": ErrorEnvelope, "description": "The engine cannot answer, or is shutting down."},
+ERRORS: Mapping[int, str] = {
+    400: "Something in the request cannot be honoured.",
+    401: "A key is missing or wrong.",
+    404: "No such path or model.",
+    405: "The path has no such method.",
+    413: "The body is too large.",
+    429: "The queue is full; try again later.",
+    500: "The engine failed with this request.",
+    503: "The engine cannot answer, or is shutting down.",
 }
 MAX_SHOWN = 120
 """Characters of a bad value that an error shows."""
@@ -43,8 +46,9 @@ def create_app(state: ServerState, tracer_provider: Any = None) -> FastAPI:
     """
     app = FastAPI(title="Quire", version=__version__, docs_url=None, redoc_url=None)
     app.state.server = state
-    for router in (openai.router, responses.router, anthropic.router, operations.router, engine.router, page.router):
-        app.include_router(router, responses=dict(ERRORS))
+    for router in (openai.router, responses.router, operations.router, engine.router, page.router):
+        app.include_router(router, responses=_errors(ErrorEnvelope))
+    app.include_router(anthropic.router, responses=_errors(AnthropicErrorEnvelope))
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(QuireError, _api_error)
@@ -63,6 +67,10 @@ def create_app(state: ServerState, tracer_provider: Any = None) -> FastAPI:
         app.add_middleware(Tracing, provider=tracer_provider)
     app.add_middleware(RequestId, settings=state.settings)
     return app
+
+
+def _errors(body: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": body, "description": text} for status, text in ERRORS.items()}
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

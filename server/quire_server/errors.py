@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 from quire import EngineError, RequestError
@@ -34,6 +34,20 @@ class ErrorEnvelope(BaseModel):
     """Every error's body."""
 
     error: ErrorBody
+
+
+class AnthropicErrorBody(BaseModel):
+    """What went wrong."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorEnvelope(BaseModel):
+    """Every error's body under Anthropic's paths."""
+
+    type: Literal["error"]
+    error: AnthropicErrorBody
 
 
 class ApiError(Exception):

@@ -16,6 +16,8 @@ from quire_server.events import Event
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+MAY_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
+"""What the API's description says of a path that answers whole or in events."""
 
 
 def event(data: object, name: str | None = None) -> bytes:

@@ -16,7 +16,7 @@ from quire_server.state import ServerState
 router = APIRouter()
 
 
-@router.post("/v1/messages")
+@router.post("/v1/messages", responses=sse.MAY_STREAM)
 async def messages(request: Request, body: MessagesRequest) -> Response:
     """Answer a conversation."""
     state: ServerState = request.app.state.server

@@ -34,7 +34,7 @@ async def engine(request: Request) -> Response:
     return JsonResponse(view)
 
 
-@router.get("/engine/stream")
+@router.get("/engine/stream", response_class=Response, responses={200: {"content": {"text/event-stream": {}}}})
 async def engine_stream(request: Request) -> Response:
     """The same as server-sent events, at most five a second; `event: error` while there is no engine."""
     state: ServerState = request.app.state.server

@@ -50,7 +50,7 @@ def _model(state: ServerState, name: str) -> dict[str, Any]:
     }
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=sse.MAY_STREAM)
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation."""
     state: ServerState = request.app.state.server
@@ -63,7 +63,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     return call.answer(whole_chat(call.meta, wants, whole(job, await call.events(job))))
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=sse.MAY_STREAM)
 async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continue one prompt or several."""
     state: ServerState = request.app.state.server

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from quire import EngineDead, RequestError, __version__
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from quire_server.errors import ApiError, as_api_error, overloaded
 from quire_server.jobs import as_template_message, template_tools
@@ -47,13 +47,13 @@ async def version() -> Response:
     return JsonResponse({"version": __version__})
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus text format."""
     state: ServerState = request.app.state.server
     if state.metrics is None:
         raise ApiError(404, "this server keeps no metrics")
-    return Response(state.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return PlainTextResponse(state.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @router.get("/server_info")

@@ -15,7 +15,7 @@ from quire_server.state import ServerState
 router = APIRouter()
 
 
-@router.post("/v1/responses")
+@router.post("/v1/responses", responses=sse.MAY_STREAM)
 async def responses(request: Request, body: ResponsesRequest) -> Response:
     """Answer a conversation."""
     state: ServerState = request.app.state.server
