@@ -10,6 +10,7 @@ import pytest
 from quire import AsyncLLM
 from quire.plugin import MetricsInit
 from quire_server.app import create_app
+from quire_server.client.address import listening_url
 from quire_server.listener import Listener, open_socket
 from quire_server.metrics import PrometheusSink
 from quire_server.settings import ServerSettings
@@ -53,7 +54,9 @@ def running(llm, sink=None, **settings):
     try:
         while not listener.started:
             time.sleep(0.01)
-        yield Running(f"http://127.0.0.1:{socket.getsockname()[1]}", state, listener)
+        yield Running(
+            listening_url(state.settings, state.settings.uds is None and socket.getsockname()[1]), state, listener
+        )
     finally:
         listener.should_exit = True
         thread.join()
