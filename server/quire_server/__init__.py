@@ -23,10 +23,12 @@ def quire_cli(app: typer.Typer) -> None:
     from quire_server.batch_command import batch
     from quire_server.client.commands import chat, complete
     from quire_server.command import serve
+    from quire_server.load.command import bench_serve
     from quire_server.ps_command import ps
 
     for command in (serve, chat, complete, batch, ps):
         app.command()(command)
+    app.command("bench serve")(bench_serve)
 
 
 @hookimpl

@@ -52,13 +52,23 @@ class Connection:
 
     def models(self) -> list[str]:
         """Names of what is served. Raises ServerUnreachable, RequestError if the key is refused."""
+        try:
+            return [str(model["id"]) for model in self._whole("GET", "/v1/models")["data"]]
+        except (KeyError, TypeError) as error:
+            raise self._no_api() from error
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """A whole answer. Raises RequestError if it was refused, EngineError if it failed."""
+        return self._whole("POST", path, body)
+
+    def _whole(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         with self._told():
-            answer = self._client.get("/v1/models", timeout=CONNECT)
+            answer = self._client.request(method, path, json=body)
         if answer.status_code != 200:
             raise self._refused(answer.status_code, answer.content, answer.headers)
         try:
-            return [str(model["id"]) for model in answer.json()["data"]]
-        except (ValueError, KeyError, TypeError) as error:
+            return answer.json()
+        except ValueError as error:
             raise self._no_api() from error
 
     def stream(self, path: str, body: Mapping[str, Any]) -> Generator[dict[str, Any]]:
