@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import json
 import logging
-import selectors
 import statistics
 
 import httpx
@@ -18,27 +17,6 @@ from quire_server.load.plan import Planned, arrivals, file_prompts, planned, ran
 from quire_server.load.report import report_rows, told
 from quire_server.load.runner import run_load
 from typer.testing import CliRunner
-
-
-class InstantLoop(asyncio.SelectorEventLoop):
-    """An event loop in which time is what is waited for, and passes at once."""
-
-    def __init__(self):
-        self.passed = 0.0
-        super().__init__(Impatient(self))
-
-    def time(self):
-        return self.passed
-
-
-class Impatient(selectors.DefaultSelector):
-    def __init__(self, loop):
-        super().__init__()
-        self.loop = loop
-
-    def select(self, timeout=None):
-        self.loop.passed += max(0.0, timeout or 0.0)
-        return super().select(0)
 
 
 def chunk(text, **more):
@@ -62,28 +40,28 @@ class Answer(httpx.AsyncByteStream):
         yield b"data: [DONE]\n\n" * self.end
 
 
-def run(plan, answers, concurrency=None):
+@pytest.fixture
+def run(instantly):
     """Traces of requests that are answered by what `answers` gives for their index."""
+    return lambda plan, answers, concurrency=None: instantly(sent(plan, answers, concurrency))
 
+
+async def sent(plan, answers, concurrency):
     async def answer(request):
         found = answers(json.loads(request.content)["index"])
         if isinstance(found, Exception):
             raise found
         return found if isinstance(found, httpx.Response) else httpx.Response(200, stream=found)
 
-    async def main():
-        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://x") as client:
-            return await run_load(client, plan, concurrency)
-
-    with asyncio.Runner(loop_factory=InstantLoop) as runner:
-        return runner.run(main())
+    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://x") as client:
+        return await run_load(client, plan, concurrency)
 
 
 def plan_of(*dues):
     return [Planned(due, "/v1/completions", {"index": index}) for index, due in enumerate(dues)]
 
 
-def test_times_are_those_at_which_things_happened():
+def test_times_are_those_at_which_things_happened(run):
     first, second = run(plan_of(0.0, 1.5), lambda index: Answer([0.5, 0.125, 0.125] if index == 0 else [2.0]))
     assert first == Trace(0.0, 0.0, 1.0, (0.5, 0.625, 0.75), 7, 3)
     assert second == Trace(1.5, 1.5, 3.75, (3.5,), 7, 1)
@@ -93,7 +71,7 @@ def test_times_are_those_at_which_things_happened():
     assert (report.duration_s, report.output_token_rate) == (3.75, 4 / 3.75)
 
 
-def test_a_slow_server_does_not_slow_the_load_down_unless_it_is_asked_to():
+def test_a_slow_server_does_not_slow_the_load_down_unless_it_is_asked_to(run):
     plan = plan_of(0.0, 1.0, 2.0)
     opened = run(plan, lambda index: Answer([8.0]))
     assert [trace.sent for trace in opened] == [0.0, 1.0, 2.0]
@@ -103,7 +81,7 @@ def test_a_slow_server_does_not_slow_the_load_down_unless_it_is_asked_to():
     assert summarize(held, {}).spreads["late"].max == 14.5
 
 
-def test_failures_are_told_by_kind():
+def test_failures_are_told_by_kind(run):
     def answer(index):
         stream = httpx.Response(200, text='data: {"error": {"message": "no"}}\n\n')
         return [httpx.Response(429), httpx.ReadTimeout("t"), httpx.ConnectError("c"), httpx.ReadError("r"), stream,

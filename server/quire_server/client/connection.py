@@ -23,6 +23,26 @@ class ServerUnreachable(EngineError):
     """Nobody answers there, or nobody who speaks OpenAI's API."""
 
 
+def authorization(key: str | None) -> dict[str, str]:
+    """The header that brings a key."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def async_client(address: Address, key: str | None, silence: float) -> httpx.AsyncClient:
+    """A client for many requests at once, of which it holds none back.
+
+    Args:
+        address: of the server. key: to send with each request.
+        silence: seconds without a byte after which a request is given up.
+    """
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    uds = None if address.uds is None else httpx.AsyncHTTPTransport(uds=address.uds, limits=limits)
+    timeout = httpx.Timeout(silence, connect=min(CONNECT, silence))
+    return httpx.AsyncClient(
+        base_url=address.base, headers=authorization(key), timeout=timeout, transport=uds, limits=limits
+    )
+
+
 class Connection:
     """Asks one server.
 
@@ -35,12 +55,9 @@ class Connection:
         self.address = address
         if transport is None and address.uds is not None:
             transport = httpx.HTTPTransport(uds=address.uds)
-        self._client = httpx.Client(
-            base_url=address.base,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx.Timeout(READ, connect=CONNECT),
-            transport=transport,
-        )
+        timeout = httpx.Timeout(READ, connect=CONNECT)
+        headers = authorization(key)
+        self._client = httpx.Client(base_url=address.base, headers=headers, timeout=timeout, transport=transport)
 
     def __enter__(self) -> Self:
         return self

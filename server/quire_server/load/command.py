@@ -70,8 +70,8 @@ def bench_serve(
     with exactly --output-len tokens.
     """
     check_packages()
-    from quire_server.client.connection import Connection
-    from quire_server.load.runner import load_client, run_load
+    from quire_server.client.connection import Connection, async_client
+    from quire_server.load.runner import run_load
 
     if not rate > 0:
         raise ConfigError(f"--rate is {rate}; it must be above 0, or inf")
@@ -88,7 +88,7 @@ def bench_serve(
             pass
 
     async def run() -> list[Trace]:
-        async with load_client(address, key, timeout) as client:
+        async with async_client(address, key, timeout) as client:
             with tqdm(total=len(plan), unit="request") as bar:
                 return await run_load(client, plan, concurrency, lambda trace: _advance(bar))
 

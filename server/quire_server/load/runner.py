@@ -11,24 +11,9 @@ from typing import Any
 
 import httpx
 
-from quire_server.client.address import Address
 from quire_server.client.sse_reader import SseReader
 from quire_server.load.figures import Trace
 from quire_server.load.plan import Planned
-
-CONNECT = 30.0
-"""Seconds until a connection stands."""
-
-
-def load_client(address: Address, key: str | None, timeout: float) -> httpx.AsyncClient:
-    """A client that holds no request back; `timeout` is the silence on a stream, in seconds, that ends it."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    return httpx.AsyncClient(
-        base_url=address.base,
-        headers={"Authorization": f"Bearer {key}"} if key else {},
-        timeout=httpx.Timeout(timeout, connect=CONNECT),
-        transport=httpx.AsyncHTTPTransport(uds=address.uds, limits=limits),
-    )
 
 
 async def run_load(
