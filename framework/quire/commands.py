@@ -20,13 +20,14 @@ from quire.cli.conversation import Answer, Conversation, Writer
 from quire.cli.flags import engine_flags
 from quire.cli.session import Session, open_session
 from quire.contract.metrics import MetricsSink
-from quire.loader.checkpoint import BUNDLED
+from quire.loader.checkpoint import BUNDLED, Checkpoint, resolve_checkpoint
 from quire.remote.start import served_engine
 
 __all__ = [
     "BUNDLED",
     "Answer",
     "Chat",
+    "Checkpoint",
     "Conversation",
     "Session",
     "Writer",
@@ -34,6 +35,7 @@ __all__ = [
     "note",
     "open_session",
     "print_table",
+    "resolve_checkpoint",
     "start_engine",
 ]
 

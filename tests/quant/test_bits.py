@@ -3,7 +3,7 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from quire_quant.awq import _columns
+from quire_quant.awq import columns
 from quire_quant.bits import pack, unpack
 from quire_quant.testing import pack_awq, pack_down, stream
 
@@ -27,4 +27,4 @@ def test_worked_words():
 
 
 def test_awq_order_is_undone():
-    assert _columns(WORDS[:, 1:]).tolist() == [list(range(8))]
+    assert columns(WORDS[:, 1:]).tolist() == [list(range(8))]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from quire.plugin import Provider, hookimpl
+
+if TYPE_CHECKING:
+    import typer
 
 
 @hookimpl
@@ -37,3 +41,11 @@ def _reader(name: str, target: str, summary: str, module: str | None = None) -> 
         options="quire_quant.linear:KernelOptions",
         summary=summary,
     )
+
+
+@hookimpl
+def quire_cli(app: typer.Typer) -> None:
+    """Add `quire quantize`."""
+    from quire_quant.command import quantize
+
+    app.command()(quantize)

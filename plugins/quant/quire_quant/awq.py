@@ -84,8 +84,8 @@ class GemmLinear(CodesLinear):
         )
 
     def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Codes, ...]:
-        zeros = _columns(tensors["qzeros"]).t().contiguous() if self._has_zeros else None
-        codes = _columns(tensors["qweight"]).t().contiguous()
+        zeros = columns(tensors["qzeros"]).t().contiguous() if self._has_zeros else None
+        codes = columns(tensors["qweight"]).t().contiguous()
         return (Codes(self.form, codes, tensors["scales"].t().contiguous(), zeros),)
 
 
@@ -117,7 +117,7 @@ class GemvLinear(GemmLinear):
         return -(-words // multiple) * multiple
 
 
-def _columns(words: Tensor) -> Tensor:
+def columns(words: Tensor) -> Tensor:
     """int32 [R, C] -> uint8 [R, 8C], AWQ's order of columns undone."""
     nibbles = torch.stack([((words >> (BITS * place)) & 15).to(torch.uint8) for place in PLACE], -1)
     return nibbles.view(len(words), -1)
