@@ -1,4 +1,4 @@
-"""The door for plugins' subcommands: flags of the engine, the session that they open, and where to write.
+"""The door for plugins' subcommands: flags of the engine, the session that they open, the chat, where to write.
 
 @hookimpl
 def quire_cli(app):
@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quire.async_llm import AsyncLLM
+from quire.cli.chat import Chat
 from quire.cli.console import note, print_table
+from quire.cli.conversation import Answer, Conversation, Writer
 from quire.cli.flags import engine_flags
 from quire.cli.session import Session, open_session
 from quire.contract.metrics import MetricsSink
@@ -23,8 +25,12 @@ from quire.remote.start import served_engine
 
 __all__ = [
     "BUNDLED",
+    "Answer",
+    "Chat",
     "Checkpoint",
+    "Conversation",
     "Session",
+    "Writer",
     "engine_flags",
     "note",
     "open_session",

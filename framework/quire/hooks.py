@@ -33,7 +33,7 @@ class HookSpecs:
 
     @hookspec
     def quire_cli(self, app: typer.Typer) -> None:
-        """Add subcommands to the `quire` program."""
+        """Add subcommands to the `quire` program; one named `bench X` stands beside `bench`."""
 
     @hookspec
     def quire_config_sections(self) -> Mapping[str, type[BaseModel]]:  # type: ignore[empty-body]

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible server: a plugin that adds `quire serve`, `batch`, `ps` and the section `server`.
+"""The OpenAI-compatible server: a plugin that adds commands such as `quire serve` and the section `server`.
 
 Nothing of FastAPI is imported before a command runs.
 """
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 def quire_cli(app: typer.Typer) -> None:
     """Add the commands."""
     from quire_server.batch_command import batch
+    from quire_server.client.commands import chat, complete
     from quire_server.command import serve
+    from quire_server.load.command import bench_serve
     from quire_server.ps_command import ps
 
-    app.command()(serve)
-    app.command()(batch)
-    app.command()(ps)
+    for command in (serve, chat, complete, batch, ps):
+        app.command()(command)
+    app.command("bench serve")(bench_serve)
 
 
 @hookimpl

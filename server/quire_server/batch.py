@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -16,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from quire import ConfigError, QuireError
+from quire import ConfigError
 from tqdm import tqdm
+
+from quire_server.client.address import Address
+from quire_server.client.connection import async_client
+from quire_server.client.retry import Backoff, advised_wait
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 TIMEOUT = 3600.0
-"""Seconds that one request may take; a full queue is part of it."""
-PAUSE = 0.5
-"""Seconds until a request that was refused for lack of room is sent again."""
+"""Seconds of silence that end a request."""
+PATIENCE = 3600.0
+"""Seconds that a request waits in all for a server that has no room."""
 LOST = "connection_error"
 """Code of a result that a later run tries to better."""
 ATTEMPTS = 5
@@ -160,40 +163,33 @@ async def _result(client: httpx.AsyncClient, line: Line) -> dict[str, Any]:
 
 
 async def _sent(client: httpx.AsyncClient, line: Line) -> httpx.Response:
-    """The answer; a full queue is waited for, a server that cannot be reached is tried a few times."""
-    attempts, deadline = 0, time.monotonic() + TIMEOUT
+    """The answer. A server that is full or leaving is asked again as it advises, one that is not there a few times."""
+    backoff, attempts = Backoff(patience=PATIENCE), 0
     while True:
         try:
             answer = await client.post(line.path, json=line.body)
         except httpx.TransportError:
             attempts += 1
-            if attempts == ATTEMPTS:
+            wait = backoff.next()
+            if attempts == ATTEMPTS or wait is None:
                 raise
-            await asyncio.sleep(PAUSE * 2**attempts)
-            continue
-        if answer.status_code != 429 or time.monotonic() > deadline:
-            return answer
-        await asyncio.sleep(PAUSE)
+        else:
+            advised = advised_wait(answer.headers)
+            if answer.status_code != 429 and (answer.status_code != 503 or advised is None):
+                return answer
+            wait = backoff.next(advised)
+            if wait is None:
+                return answer
+        await asyncio.sleep(wait)
 
 
 @asynccontextmanager
-async def client_for(app_or_url: Any, key: str | None) -> AsyncIterator[httpx.AsyncClient]:
+async def client_for(app_or_address: Any, key: str | None) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a running server, or of an application in this process."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    if isinstance(app_or_url, str):
-        client = httpx.AsyncClient(base_url=app_or_url, headers=headers, timeout=TIMEOUT)
+    if isinstance(app_or_address, Address):
+        client = async_client(app_or_address, key, TIMEOUT)
     else:
-        transport = httpx.ASGITransport(app=app_or_url)
-        client = httpx.AsyncClient(transport=transport, base_url="http://batch", headers=headers, timeout=TIMEOUT)
+        transport = httpx.ASGITransport(app=app_or_address)
+        client = httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=TIMEOUT)
     async with client:
         yield client
-
-
-def check_reachable(url: str) -> str:
-    """The URL without what a batch's lines bring themselves. Raises QuireError if nobody answers there."""
-    base = url.rstrip("/").removesuffix("/v1")
-    try:
-        httpx.get(f"{base}/health", timeout=10).raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise QuireError(f"no server answers at {base}: {error}", remedy="start one with `quire serve`") from error
-    return base

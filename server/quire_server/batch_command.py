@@ -10,6 +10,7 @@ import typer
 from quire import ConfigError
 from quire.commands import engine_flags, note, open_session, start_engine
 
+from quire_server.client.address import Address
 from quire_server.command import check_packages
 from quire_server.settings import ServerSettings
 
@@ -35,19 +36,23 @@ def batch(
     with the lines that have no result yet.
     """
     check_packages()
-    from quire_server.batch import Summary, answered, check_reachable, client_for, read_lines, run_batch
+    from quire_server.batch import Summary, answered, client_for, read_lines, run_batch
+    from quire_server.client.connection import Connection
 
     if url is not None and (model is not None or options):
         raise ConfigError("--url names a server that runs; flags of an engine have no effect on it")
     lines = read_lines(source)
     answered(target)  # a file that is no result is told before the model is loaded
 
-    async def run(app_or_url: Any) -> Summary:
-        async with client_for(app_or_url, key) as client:
+    async def run(app_or_address: Any) -> Summary:
+        async with client_for(app_or_address, key) as client:
             return await run_batch(client, lines, target, concurrency)
 
     if url is not None:
-        summary = asyncio.run(run(check_reachable(url)))
+        address = Address.parse(url)
+        with Connection(address, key) as connection:
+            connection.models()  # a server that is not there, or wants another key, is told once and not per line
+        summary = asyncio.run(run(address))
     else:
         from quire_server.app import create_app
         from quire_server.state import ServerState

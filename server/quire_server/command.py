@@ -12,6 +12,7 @@ from quire import AsyncLLM, ConfigError
 from quire.commands import BUNDLED, Session, engine_flags, note, open_session, start_engine
 from quire.plugin import MetricsInit
 
+from quire_server.client.address import listening_url
 from quire_server.settings import ServerSettings
 
 PANEL = "Server"
@@ -96,7 +97,7 @@ def _serve(session: Session, settings: ServerSettings) -> None:
         state = ServerState(llm, settings, _shown_config(session, llm), sink.render)
         sink.watch_rejections(lambda: state.admission.num_refused)
         sink.set_cache_info(llm.info.num_kv_blocks, llm.info.block_size)
-        url = listening_url(settings, socket.getsockname())
+        url = listening_url(settings, 0 if settings.uds else socket.getsockname()[1])
         note(ready_block(llm, state.names, url, has_key=bool(keys), seconds=time.monotonic() - started))
         if settings.host not in ("127.0.0.1", "::1", "localhost") and settings.uds is None and not keys:
             note("warning: anybody who reaches this address may use the server; set server.api_keys_file")
@@ -112,15 +113,6 @@ def _shown_config(session: Session, llm: AsyncLLM) -> dict[str, Any]:
     values = llm.resolved_config()
     origins = session.configured.origins
     return {name: {"value": value, "origin": origins.get(name, "default")} for name, value in values.items()}
-
-
-def listening_url(settings: ServerSettings, address: Any) -> str:
-    """Where clients find the server."""
-    if settings.uds is not None:
-        return f"unix:{settings.uds}"
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
-    host = f"[{host}]" if ":" in host and not host.startswith("[") else host
-    return f"http{'s' if settings.ssl_certfile else ''}://{host}:{address[1]}"
 
 
 def ready_block(llm: AsyncLLM, names: tuple[str, ...], url: str, *, has_key: bool, seconds: float) -> str:

@@ -10,9 +10,10 @@ import typer
 from quire import QuireError
 from quire.commands import print_table
 
+from quire_server.client.address import Address
+from quire_server.client.commands import find_server
 from quire_server.command import check_packages
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT = 10.0
 METRICS = {
     "running": "num_requests_running",
@@ -23,43 +24,71 @@ METRICS = {
 SAMPLE = re.compile(r"^quire:(\w+)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 
 
+COLUMNS = ("url", "model", "state", "running", "waiting", "cache", "tokens", "context", "version")
+
+
 def ps(
-    urls: Annotated[list[str] | None, typer.Argument(metavar="[URL]...", help="Servers.", show_default=False)] = None,
+    context: typer.Context,
+    urls: Annotated[
+        list[str] | None, typer.Argument(metavar="[URL]...", help="Servers: URLs, or ports here.", show_default=False)
+    ] = None,
     key: Annotated[str | None, typer.Option(help="Key of the servers.", envvar="OPENAI_API_KEY")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Show what running servers serve. Without a URL: the one at 127.0.0.1:8000. Exit code 1 if one does not answer."""
+    """Show what running servers serve. Without a URL: the configured one. Exit code 1 if one does not answer."""
     check_packages()
-    found = [_look(url.rstrip("/").removesuffix("/v1"), key) for url in urls or [DEFAULT_URL]]
+    asked = [find_server(context, url, key) for url in urls] if urls else [find_server(context, None, key)]
+    found = [_look(address, its_key) for address, its_key in asked]
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
-        columns = ("url", "model", "state", "running", "waiting", "cache", "tokens")
-        print_table(tuple(map(str.upper, columns)), [tuple(str(row[name]) for name in columns) for row in found])
+        print_table(tuple(map(str.upper, COLUMNS)), [tuple(str(row[name]) for name in COLUMNS) for row in found])
     if any(row["state"] == "no answer" for row in found):
         raise typer.Exit(1)
 
 
-def _look(url: str, key: str | None) -> dict[str, Any]:
-    """One server's row. Raises QuireError if it wants another key."""
+def _look(address: Address, key: str | None) -> dict[str, Any]:
+    """One server's row, empty where it does not say. Raises QuireError if it wants another key."""
     import httpx
 
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    row = dict.fromkeys(("model", "running", "waiting", "cache", "tokens"), "") | {"url": url, "state": "no answer"}
+    from quire_server.client.connection import authorization
+
+    row = dict.fromkeys((*COLUMNS, "kv_tokens", "plugins"), "") | {"url": address.name, "state": "no answer"}
+    transport = None if address.uds is None else httpx.HTTPTransport(uds=address.uds)
+    headers = authorization(key)
     try:
-        with httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT) as client:
+        with httpx.Client(base_url=address.base, headers=headers, timeout=TIMEOUT, transport=transport) as client:
             ready, models = client.get("/ready"), client.get("/v1/models")
             if models.status_code == 401:
-                raise QuireError(f"{url} asks for a key", remedy="give it with --key, or in OPENAI_API_KEY")
-            metrics = dict(SAMPLE.findall(client.get("/metrics").text))
+                raise QuireError(f"{address.name} asks for a key", remedy="give it with --key, or in OPENAI_API_KEY")
             names = [model["id"] for model in models.json()["data"]]
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError):
+            numbers, info = _numbers(client.get("/metrics").text), client.get("/server_info")
+    except (httpx.HTTPError, ValueError, KeyError):
         return row
-    numbers = {name: float(metrics[metric]) for name, metric in METRICS.items() if metric in metrics}
-    cache = f"{100 * numbers.pop('cache'):.1f} %" if "cache" in numbers else ""
     return row | {
         "model": ", ".join(names),
         "state": "ready" if ready.status_code == 200 else "leaving",
-        "cache": cache,
-        **{name: int(value) for name, value in numbers.items()},
+        **numbers,
+        **(_told(info.json()) if info.status_code == 200 else {}),
     }
+
+
+def _numbers(text: str) -> dict[str, Any]:
+    metrics = dict(SAMPLE.findall(text))
+    found: dict[str, Any] = {
+        name: int(float(metrics[metric])) for name, metric in METRICS.items() if metric in metrics and name != "cache"
+    }
+    if (used := metrics.get(METRICS["cache"])) is not None:
+        found["cache"] = f"{100 * float(used):.1f} %"
+    return found
+
+
+def _told(info: Any) -> dict[str, Any]:
+    """What /server_info adds; nothing if it is another program's."""
+    try:
+        pool = info["kv_cache"]
+        # The pool's first block holds no request.
+        found = {"kv_tokens": (pool["num_blocks"] - 1) * pool["block_size"], "plugins": info["plugins"]}
+        return found | {"context": info["max_model_len"], "version": info["version"]}
+    except (KeyError, TypeError):
+        return {}

@@ -284,3 +284,16 @@ def test_pyproject_names_the_program():
 
     root = Path(__file__).parents[2]
     assert tomllib.loads((root / "pyproject.toml").read_text())["project"]["scripts"]["quire"] == "quire.cli:main"
+
+
+def test_a_plugins_command_beside_one_of_the_core(quire, tmp_path):
+    (tmp_path / "beside.py").write_text(
+        "import typer\nfrom quire.plugin import hookimpl\n\n\n@hookimpl\ndef quire_cli(app):\n"
+        "    app.command('bench mine')(lambda: typer.echo('measured'))\n"
+        "    app.command('run mine')(lambda: typer.echo('never'))\n"
+    )
+    own = ("--plugin", tmp_path / "beside.py")
+    assert quire(*own, "bench", "mine").stdout == "measured\n"
+    assert "bench mine" in quire(*own, "--help").stdout
+    other = quire(*own, "bench", "./nowhere")  # a model, as ever
+    assert other.exit_code == 3

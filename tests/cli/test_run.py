@@ -14,8 +14,9 @@ import sys
 import pytest
 from quire.cli.app import app
 from quire.cli.chat import Chat, changed
+from quire.cli.conversation import Writer, shown
 from quire.cli.run import names_a_model
-from quire.cli.talk import Talker, Writer, shown
+from quire.cli.talk import Talker
 from quire.config import configure
 from quire.engine.build import engine_from
 from quire.errors import RequestError
@@ -36,7 +37,7 @@ def parts(chat_model):
 
 @pytest.fixture
 def talker(parts):
-    return Talker(parts[0], SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True))
+    return Talker(parts[0], params=SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True))
 
 
 def quire(*arguments, **more):

@@ -1,6 +1,7 @@
 """The snippets of docs/server.md, run against a live server."""
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -53,10 +54,24 @@ def test_python(url, text, expected, tmp_path):
     assert (answer.stdout, answer.stderr) == (expected, "")
 
 
-@pytest.mark.parametrize("line", [text.strip() for language, text in BLOCKS if language == "bash"])
-def test_curl(url, line):
-    answer = subprocess.run(line.replace(WRITTEN, url), shell=True, capture_output=True, text=True, check=True)
-    assert json.loads(answer.stdout)["choices"][0]["message"]["content"] == "72"
+SCRIPTS = [(text, BLOCKS[index + 1]) for index, (language, text) in enumerate(BLOCKS) if language == "bash"]
+
+
+@pytest.mark.parametrize(("text", "after"), SCRIPTS)
+def test_shell(url, text, after):
+    """What it prints stands below it, with ... for figures that differ, or is an answer of the API."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    answer = subprocess.run(
+        ["sh", "-ec", text.replace(WRITTEN, url)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PATH": path},
+    )
+    if after[0] == "text":
+        assert re.fullmatch(re.escape(after[1]).replace(r"\.\.\.", ".*"), answer.stdout), answer.stdout
+    else:
+        assert json.loads(answer.stdout)["choices"][0]["message"]["content"] == "72"
 
 
 def test_the_configuration_is_taken():

@@ -1,5 +1,7 @@
 """One engine over quire-tiny for all tests of the server, and real servers over it on free ports."""
 
+import asyncio
+import selectors
 import threading
 import time
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ import pytest
 from quire import AsyncLLM
 from quire.plugin import MetricsInit
 from quire_server.app import create_app
+from quire_server.client.address import listening_url
 from quire_server.listener import Listener, open_socket
 from quire_server.metrics import PrometheusSink
 from quire_server.settings import ServerSettings
@@ -53,7 +56,9 @@ def running(llm, sink=None, **settings):
     try:
         while not listener.started:
             time.sleep(0.01)
-        yield Running(f"http://127.0.0.1:{socket.getsockname()[1]}", state, listener)
+        yield Running(
+            listening_url(state.settings, state.settings.uds is None and socket.getsockname()[1]), state, listener
+        )
     finally:
         listener.should_exit = True
         thread.join()
@@ -87,3 +92,35 @@ def nothing_is_left(llm):
     while llm.engine.has_work() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert llm.engine.kv_stats().used == 0
+
+
+class InstantLoop(asyncio.SelectorEventLoop):
+    """An event loop in which time is what is waited for, and passes at once."""
+
+    def __init__(self):
+        self.passed = 0.0
+        super().__init__(Impatient(self))
+
+    def time(self):
+        return self.passed
+
+
+class Impatient(selectors.DefaultSelector):
+    def __init__(self, loop):
+        super().__init__()
+        self.loop = loop
+
+    def select(self, timeout=None):
+        self.loop.passed += max(0.0, timeout or 0.0)
+        return super().select(0)
+
+
+@pytest.fixture
+def instantly():
+    """Runs a coroutine where every wait is over at once, and has taken as long as it said."""
+
+    def run(coroutine):
+        with asyncio.Runner(loop_factory=InstantLoop) as runner:
+            return runner.run(coroutine)
+
+    return run

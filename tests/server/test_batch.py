@@ -1,14 +1,20 @@
 """`quire batch`: every line gets one result, whatever it holds, and a run that was ended goes on."""
 
 import asyncio
+import itertools
 import json
 import logging
+import random
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from quire import ConfigError
 from quire.cli.app import app
 from quire_server.batch import Line, answered, client_for, read_lines, run_batch
+from quire_server.client.address import Address
+from quire_server.client.retry import Backoff, advised_wait
 from typer.testing import CliRunner
 
 
@@ -43,7 +49,7 @@ def results(target):
 
 def run(server, source, target, concurrency=4):
     async def main():
-        async with client_for(server, None) as client:
+        async with client_for(Address.parse(server), None) as client:
             return await run_batch(client, read_lines(source), target, concurrency)
 
     return asyncio.run(main())
@@ -89,27 +95,85 @@ def test_another_file_is_not_written_to(tmp_path):
     assert target.read_text() == "my notes\n"
 
 
-def test_a_full_queue_is_waited_for_and_a_lost_server_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("quire_server.batch.PAUSE", 0.001)
-    seen = []
-
-    def answer(request):
-        seen.append(request.url.path)
-        if json.loads(request.content).get("lost"):
-            raise httpx.ConnectError("gone")
-        return httpx.Response(429 if len(seen) < 3 else 200, json={"ok": True})
+def sent_to(answer, target, *lines):
+    """A batch of these lines to a fake server: summary, and the times at which it was asked, in seconds."""
+    asked = []
 
     async def main():
-        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://x") as client:
-            lines = [Line(1, "a", "/v1/completions", {}), Line(2, "b", "/v1/completions", {"lost": True})]
-            return await run_batch(client, lines, tmp_path / "out.jsonl", 1)
+        def timed(request):
+            asked.append(asyncio.get_running_loop().time())
+            return answer(request, len(asked))
 
-    summary = asyncio.run(main())
-    found = results(tmp_path / "out.jsonl")
-    assert (summary.succeeded, summary.failed) == (1, 1)
-    assert found["a"]["response"]["status_code"] == 200
-    assert found["b"]["error"] == {"code": "connection_error", "message": "ConnectError: gone"}
-    assert len(seen) == 3 + 5
+        async with httpx.AsyncClient(transport=httpx.MockTransport(timed), base_url="http://x") as client:
+            return await run_batch(client, list(lines), target, 1), asked
+
+    return main()
+
+
+ONE = Line(1, "a", "/v1/completions", {})
+FINE = {"json": {"ok": True}}
+
+
+@pytest.mark.parametrize(
+    ("headers", "least", "most"),
+    [
+        ({"Retry-After": "8"}, 8, 12),
+        ({"Retry-After": "9", "Retry-After-Ms": "2000"}, 2, 3),
+        ({"Retry-After": "100000"}, 60, 60),
+        ({"Retry-After": "soon"}, 0.25, 1.0),
+        ({}, 0.25, 1.0),
+    ],
+)
+def test_a_full_queue_is_waited_for_as_the_server_advises(instantly, tmp_path, headers, least, most):
+    def answer(request, count):
+        return httpx.Response(429, headers=headers, json={}) if count < 3 else httpx.Response(200, **FINE)
+
+    summary, asked = instantly(sent_to(answer, tmp_path / "out.jsonl", ONE))
+    assert (summary.succeeded, len(asked)) == (1, 3)
+    for before, after in itertools.pairwise(asked):
+        assert least <= after - before <= most
+
+
+def test_a_server_that_leaves_is_waited_for_but_not_for_ever(instantly, tmp_path):
+    def answer(request, count):
+        return httpx.Response(503, headers={"Retry-After": "50"}, json={"error": {}})
+
+    summary, asked = instantly(sent_to(answer, tmp_path / "out.jsonl", ONE))
+    assert (summary.failed, results(tmp_path / "out.jsonl")["a"]["response"]["status_code"]) == (1, 503)
+    assert 3600 - 60 <= asked[-1] <= 3600
+
+
+def test_a_lost_server_is_told(instantly, tmp_path):
+    def answer(request, count):
+        raise httpx.ConnectError("gone")
+
+    summary, asked = instantly(sent_to(answer, tmp_path / "out.jsonl", ONE))
+    assert (summary.failed, len(asked)) == (1, 5)
+    assert results(tmp_path / "out.jsonl")["a"]["error"] == {
+        "code": "connection_error",
+        "message": "ConnectError: gone",
+    }
+    gaps = [after - before for before, after in itertools.pairwise(asked)]
+    assert all(0.25 * 2**index <= gap <= 0.5 * 2**index for index, gap in enumerate(gaps))
+
+
+def test_advice():
+    now = 1445412480.0  # Wed, 21 Oct 2015 07:28:00 GMT
+    assert advised_wait({"retry-after": "Wed, 21 Oct 2015 07:28:30 GMT"}, now) == 30
+    assert advised_wait({"retry-after": "Wed, 21 Oct 2015 07:00:00 GMT"}, now) == 0
+    assert advised_wait({"retry-after": "1.5"}) == 1.5
+    for nonsense in ("-1", "", "\u0661", "1.2.3", "inf", "Wed"):
+        assert advised_wait({"retry-after": nonsense}) is None
+
+
+@given(st.lists(st.none() | st.floats(0, 1e9), max_size=50), st.integers(0, 99))
+def test_waits_are_bounded(advice, seed):
+    backoff = Backoff(first=1.0, longest=20.0, patience=300.0, generator=random.Random(seed))
+    waits = [backoff.next(advised) for advised in advice]
+    taken = [wait for wait in waits if wait is not None]
+    assert sum(taken) <= 300
+    assert all(wait <= 20 for wait in taken)
+    assert all(wait >= min(20, advised or 0) for wait, advised in zip(waits, advice, strict=True) if wait is not None)
 
 
 @pytest.fixture
@@ -135,7 +199,8 @@ def test_the_command_with_a_running_server(quire, server, source, tmp_path):
     assert "3 answered" in result.stderr
     lost = quire(source, tmp_path / "other.jsonl", "--url", "http://127.0.0.1:9")
     assert (lost.exit_code, "quire serve" in lost.stderr) == (1, True)
-    assert quire(source, tmp_path / "other.jsonl", "--url", "http://127.0.0.1:9x").exit_code == 1
+    assert quire(source, tmp_path / "other.jsonl", "--url", "http://127.0.0.1:9x").exit_code == 2
+    assert not (tmp_path / "other.jsonl").exists()
     both = quire(source, tmp_path / "other.jsonl", "--url", server, "--dtype", "float32")
     assert (both.exit_code, "no effect" in both.stderr) == (2, True)
     missing = quire(tmp_path / "none.jsonl", tmp_path / "other.jsonl", "--url", server)

@@ -3,6 +3,7 @@
 import json
 import logging
 
+import httpx
 import pytest
 from pydantic import SecretStr
 from quire.cli.app import app
@@ -14,9 +15,11 @@ def quire(monkeypatch):
     """Runs the program; its log is put back as it was."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     logger = logging.getLogger("quire")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield lambda *arguments: CliRunner().invoke(app, ["ps", *map(str, arguments)], prog_name="quire")
-    logger.handlers[:], logger.level, logger.propagate = before
+    saved = logger.handlers[:], logger.level, logger.propagate
+    yield lambda *arguments, before=(): CliRunner().invoke(
+        app, [*map(str, before), "ps", *arguments], prog_name="quire"
+    )
+    logger.handlers[:], logger.level, logger.propagate = saved
 
 
 def test_a_row_per_server(quire, server, serve):
@@ -29,8 +32,13 @@ def test_a_row_per_server(quire, server, serve):
     assert (first["running"], first["waiting"], first["cache"]) == (0, 0, "0.0 %")
     assert first["tokens"] >= 0
     assert (other["model"], other["state"], other["running"]) == ("one, two", "leaving", "")
+    info = httpx.get(f"{server}/server_info").json()
+    assert (first["context"], first["version"]) == (info["max_model_len"], info["version"])
+    assert first["kv_tokens"] == 599 * 16
+    assert first["plugins"] == info["plugins"]
     table = quire(server).stdout.splitlines()
-    assert table[0].split() == ["URL", "MODEL", "STATE", "RUNNING", "WAITING", "CACHE", "TOKENS"]
+    assert table[0].split() == ["URL", "MODEL", "STATE", "RUNNING", "WAITING", "CACHE", "TOKENS", "CONTEXT",
+                                "VERSION"]  # fmt: skip
     assert "quire-tiny" in table[1]
 
 
@@ -45,3 +53,29 @@ def test_a_key_that_is_asked_for(quire, serve):
         refused = quire(url)
         assert (refused.exit_code, "asks for a key" in refused.stderr) == (1, True)
         assert quire(url, "--key", "key-of-the-team").exit_code == 0
+
+
+def test_a_port_and_the_configured_server(quire, serve, server, tmp_path):
+    port = server.rpartition(":")[2]
+    (row,) = json.loads(quire(port, "--json").stdout)
+    assert (row["url"], row["state"]) == (server, "ready")
+    with serve(uds=tmp_path / "s", api_keys=(SecretStr("key-of-the-team"),)):
+        (tmp_path / "c.yaml").write_text(f"server: {{uds: {tmp_path}/s, api_keys: [key-of-the-team]}}")
+        result = quire("--json", before=("-c", tmp_path / "c.yaml"))
+    assert result.exit_code == 0, result.output
+    assert [row["state"] for row in json.loads(result.stdout)] == ["ready"]
+    assert quire("no server").exit_code == 2
+
+
+def test_a_server_of_another_program(quire, monkeypatch):
+    """One that has an engine's routes, with other things in them."""
+
+    def answer(request):
+        bodies = {"/v1/models": {"data": [{"id": "theirs"}]}, "/server_info": {"version": 1}, "/ready": {}}
+        body = bodies.get(request.url.path)
+        return httpx.Response(200, text="x 1\n") if body is None else httpx.Response(200, json=body)
+
+    client = httpx.Client
+    monkeypatch.setattr("httpx.Client", lambda **more: client(**more | {"transport": httpx.MockTransport(answer)}))
+    (row,) = json.loads(quire("8123", "--json").stdout)
+    assert (row["model"], row["state"], row["running"], row["context"]) == ("theirs", "ready", "", "")

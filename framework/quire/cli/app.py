@@ -24,6 +24,8 @@ from quire.version import __version__
 logger = logging.getLogger(__name__)
 
 INTERRUPTED = 130
+EXTENDED = frozenset({"bench"})
+"""Commands of the core beside which plugins may register one of two words that begins with theirs."""
 
 
 class QuireGroup(typer.core.TyperGroup):
@@ -34,6 +36,14 @@ class QuireGroup(typer.core.TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return self.commands.get(cmd_name) or self._plugin_commands(ctx).get(cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """A command's name is one word, or two where plugins add to a command of the core: `bench serve`."""
+        if len(args) > 1 and args[0] in EXTENDED and not args[1].startswith("-"):
+            command = self._plugin_commands(ctx).get(name := " ".join(args[:2]))
+            if command is not None:
+                return name, command, args[2:]
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pydantic import BaseModel
 
 from quire.cli.console import note, print_error
-from quire.cli.talk import Talker
+from quire.cli.conversation import Conversation
 from quire.config_values import parse_yaml
 from quire.errors import EngineError, RequestError
 from quire.host.suggest import suggest
@@ -21,7 +21,7 @@ HELP = {
     "/think on|off": "ask the model to reason first, or not to",
     "/set NAME=VALUE ...": "change sampling, such as temperature=0.2 max_tokens=100; without: show it",
     "/stats": "figures of the last answer and of the KV cache",
-    "/exit": "leave; so do Ctrl-D, and Ctrl-C twice",
+    "/exit": "leave; so do /quit, Ctrl-D, and Ctrl-C twice",
 }
 
 
@@ -32,7 +32,7 @@ class Leave(Exception):
 class Chat:
     """Reads lines from the terminal until the user leaves."""
 
-    def __init__(self, talker: Talker, read: Callable[[str], str] = input) -> None:
+    def __init__(self, talker: Conversation, read: Callable[[str], str] = input) -> None:
         self._talker = talker
         self._read = read
         self._commands: dict[str, Callable[[str], None]] = {
@@ -43,6 +43,7 @@ class Chat:
             "/set": self._set,
             "/stats": self._stats,
             "/exit": self._exit,
+            "/quit": self._exit,
         }
 
     def loop(self) -> None:
@@ -111,14 +112,14 @@ class Chat:
     def _set(self, rest: str) -> None:
         pairs = dict(_pair(item) for item in rest.split())
         if pairs:
-            self._talker.params = changed(self._talker.params, pairs)
+            self._talker.set_params(changed(self._talker.params, pairs))
         note(", ".join(f"{name}={value!r}" for name, value in _said(self._talker.params).items()) or "all defaults")
 
     def _stats(self, rest: str) -> None:
         answer = self._talker.last
         note(answer.summary() if answer is not None else "no answer yet")
-        stats = self._talker.engine.kv_stats()
-        note(f"KV blocks: {stats.used} used, {stats.cached} cached, {stats.free} free of {stats.total}")
+        for line in self._talker.figures():
+            note(line)
 
     def _exit(self, rest: str) -> None:
         raise Leave

@@ -63,7 +63,7 @@ def run(
         generation = engine.parts.config.checkpoint.generation_config
         chosen = {name: value for name, value in given.items() if value is not None}
         params = SamplingParams(**({"max_tokens": None} | sampling_defaults(generation) | chosen))
-        talker = Talker(engine, params, system=system, think=think, raw=raw, stats=stats)
+        talker = Talker(engine, params=params, system=system, think=think, raw=raw, stats=stats)
         if prompt is not None:
             answer = talker.ask(prompt)
             talker.finish_line()

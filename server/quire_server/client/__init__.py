@@ -1,0 +1,1 @@
+"""What talks to running servers: `quire chat`, `complete`, `ps`, `bench serve`."""
