@@ -47,6 +47,8 @@ class EngineConfig(BaseModel):
     """Name of a quantization method; null: the one that the checkpoint names, if any."""
     chat_template: str | None = at("model.chat_template", None)
     """Jinja file that replaces the checkpoint's chat template."""
+    chat_template_timeout: Count | None = at("model.chat_template_timeout", None, ge=1, le=3600)
+    """Seconds that the chat template may take, in a process of its own that is killed then; null: no limit."""
     device: str = at("engine.device", "auto")
     """Name of a device provider; auto: the one of highest priority that this machine has."""
     max_model_len: Annotated[Count, Field(ge=2, le=1 << 30)] | Literal["auto"] = at("engine.max_model_len", "auto")

@@ -57,7 +57,7 @@ def serve(
     """
     check_packages()
     options = options if model is None else {**options, "model": model}
-    session = open_session(context, options, own_defaults={"process": True})
+    session = open_session(context, options, own_defaults={"process": True, "chat_template_timeout": 5})
     given = session.configured.sections.get("server", {})
     queue = None if max_requests is None else {**given.get("queue", {}), "max_requests": max_requests}
     settings = session.section(

@@ -10,7 +10,7 @@ from quire.config_values import describe, from_text, parse_count
 from quire.errors import ConfigError
 
 INTEGERS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "seed", "step_timeout", "block_size",
-            "num_kv_blocks", "kv_cache_memory")  # fmt: skip
+            "num_kv_blocks", "kv_cache_memory", "chat_template_timeout")  # fmt: skip
 
 
 @pytest.mark.parametrize(

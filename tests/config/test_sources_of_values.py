@@ -91,7 +91,7 @@ def test_every_field_can_be_set_from_every_source(tmp_path):
         "allowed_plugins": "[cpu_ref]",
         "blocked_plugins": "[quant]",
     }
-    numbers = {"max_num_seqs", "max_num_batched_tokens", "seed", "step_timeout", "block_size"}
+    numbers = {"max_num_seqs", "max_num_batched_tokens", "seed", "step_timeout", "block_size", "chat_template_timeout"}
     fields = [name for name in EngineConfig.model_fields if name != "num_kv_blocks"]
     texts = {name: texts.get(name, "7" if name in numbers else f"a-{name}") for name in fields}
     tree: dict = {}

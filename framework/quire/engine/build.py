@@ -112,7 +112,8 @@ def build_tokenizer(config: ResolvedConfig) -> Tokenizer:
     if path is not None and not Path(path).is_file():
         raise ConfigError(f"chat_template is {path!r}, which is no file", remedy="name a Jinja file")
     template = Path(path).read_text(encoding="utf-8") if path is not None else None
-    return Tokenizer(config.checkpoint.folder, config.checkpoint.generation_config, template)
+    timeout = config.config.chat_template_timeout
+    return Tokenizer(config.checkpoint.folder, config.checkpoint.generation_config, template, timeout)
 
 
 def build_model(config: ResolvedConfig, host: PluginHost, progress: Progress | None = None) -> CausalLM:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.errors import ConfigError, RequestError
+from quire.tokenizer.rendering import Renderer, RenderError
 
 PRIVATE_USE = range(0xE000, 0xE100)
 """Characters that stand for nothing; one that no message contains marks where text must not join."""
@@ -22,13 +23,19 @@ class Tokenizer:
         folder: the checkpoint.
         generation_config: the checkpoint's generation_config.json, which may name further end tokens.
         chat_template: a Jinja template instead of the checkpoint's.
+        template_timeout: seconds that the template may take for a conversation, in a process of its own
+            that is killed then; None: it is rendered in this process, without limits.
 
     Raises:
         ConfigError: the folder holds no tokenizer that can be loaded.
     """
 
     def __init__(
-        self, folder: Path, generation_config: Mapping[str, Any] | None = None, chat_template: str | None = None
+        self,
+        folder: Path,
+        generation_config: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        template_timeout: float | None = None,
     ) -> None:
         from transformers import AutoTokenizer
 
@@ -41,6 +48,7 @@ class Tokenizer:
             ) from error
         if chat_template is not None:
             self._tokenizer.chat_template = chat_template
+        self._renderer = Renderer(template_timeout)
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
         self.stop_token_ids = self._end_tokens(generation_config or {})
         added = self._tokenizer.added_tokens_decoder
@@ -95,19 +103,21 @@ class Tokenizer:
                 param="messages",
                 remedy="set chat_template to a Jinja file, or send a plain prompt",
             )
+        options = {"tools": [dict(tool) for tool in tools] if tools else None}
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=[dict(tool) for tool in tools] if tools else None,
-                chat_template=chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt and not continue_final_message,
-                continue_final_message=continue_final_message,
-                **template_arguments,
+            return self._renderer.render(
+                {
+                    **options,
+                    "template": self._tokenizer.get_chat_template(chat_template, **options),
+                    # As transformers does: many templates write out a None that they find.
+                    "messages": [{k: v for k, v in message.items() if v is not None} for message in messages],
+                    "add_generation_prompt": add_generation_prompt and not continue_final_message,
+                    "continue_final_message": continue_final_message,
+                    "arguments": {**self._tokenizer.special_tokens_map, **template_arguments},
+                }
             )
-        except Exception as error:  # Jinja's errors, the template's own raise_exception, bad message shapes
+        except (RenderError, ValueError) as error:  # ValueError: of several templates none is named `default`
             raise RequestError(f"the chat template refused the messages: {error}", param="messages") from error
-        return text
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> list[int]:
         """The conversation's token ids; arguments as for `render_chat`.
