@@ -153,7 +153,7 @@ def test_incomplete_folders_are_named(folder, change, error, words):
     "name", ["./nowhere", "/no/such/folder", "a/b/c", "org/../secret", "what is this?", "~/nothing"]
 )
 def test_names_that_can_be_neither_folder_nor_id(name, monkeypatch):
-    monkeypatch.setattr(checkpoint_module, "_download", lambda *args: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(checkpoint_module, "download", lambda *args: pytest.fail("the hub was asked"))
     with pytest.raises(ModelNotFound):
         resolve_checkpoint(name)
 

@@ -244,6 +244,15 @@ def test_what_is_there_is_not_written_over(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 64), (4, 64), (4, 128), (3, -1), (2, 32)])
+def test_the_plan_names_the_bytes_that_are_written(bits, group_size, tmp_path):
+    recipe = Recipe("rtn", bits, group_size, sym=True)
+    report = produce(resolve_checkpoint(None), tmp_path / "out", recipe, None)
+    answer = CliRunner().invoke(app, ["plan", "--group-size", str(group_size), "--json"])
+    planned = {row["form"]: row["num_bytes"] for row in json.loads(answer.stdout)["weights"]}
+    assert planned[f"{bits} bits"] == report.bytes_after
+
+
 @pytest.mark.parametrize(
     ("text", "name", "words"),
     [("", "a.txt", "holds 0 tokens"), ("{}", "a.jsonl", "a.jsonl:1 is neither"), (None, "a.txt", "cannot be read")],

@@ -14,7 +14,7 @@ import typer
 import typer.core
 import typer.main
 
-from quire.cli import bench, check, explain, plugins, run, show
+from quire.cli import bench, check, explain, plan, plugins, run, show
 from quire.cli.console import print_error
 from quire.cli.logs import set_up_logging
 from quire.cli.session import Globals, load_host
@@ -166,6 +166,7 @@ plugins.register(app, explain.explain)
 show.register(app)
 check.register(app)
 bench.register(app)
+plan.register(app)
 
 
 @app.command()

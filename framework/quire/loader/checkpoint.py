@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def resolve_checkpoint(model: str | None, revision: str | None = None) -> Checkp
         raise ModelNotFound(
             f"there is no folder {model}", remedy="name a folder, or a Hugging Face id such as org/name"
         )
-    return read_checkpoint(model, _download(model, revision))
+    return read_checkpoint(model, download(model, revision))
 
 
 def read_checkpoint(name: str, folder: Path) -> Checkpoint:
@@ -127,15 +127,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _download(model: str, revision: str | None) -> Path:
-    """Fetch a snapshot through huggingface_hub, which honours its own token and HF_HUB_OFFLINE."""
+def download(model: str, revision: str | None, patterns: Sequence[str] = PATTERNS) -> Path:
+    """Fetch a snapshot through huggingface_hub, which honours its own token and HF_HUB_OFFLINE.
+
+    Raises ModelNotFound.
+    """
     from huggingface_hub import errors, snapshot_download
 
     try:
         cache = special_variable("QUIRE_CACHE_DIR")
         return Path(
             snapshot_download(
-                model, revision=revision, cache_dir=cache, allow_patterns=list(PATTERNS), ignore_patterns=list(IGNORED)
+                model, revision=revision, cache_dir=cache, allow_patterns=list(patterns), ignore_patterns=list(IGNORED)
             )
         )
     except errors.HFValidationError as error:
