@@ -26,7 +26,7 @@ class Block(RequestBody):
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: str | list[dict[str, Any]] | None = None
+    content: str | list[Block] | None = None
 
 
 class AnthropicMessage(RequestBody):
@@ -167,10 +167,7 @@ def _call(block: Block, where: str) -> dict[str, Any]:
 def _result(block: Block, where: str) -> Message:
     if not block.tool_use_id:
         raise ApiError(400, f"{where}: a tool_result block needs tool_use_id", param=where)
-    if isinstance(block.content, list):
-        text = _texts([Block(**part) for part in block.content], f"{where}.content")
-    else:
-        text = block.content or ""
+    text = _texts(block.content, f"{where}.content") if isinstance(block.content, list) else block.content or ""
     return Message(role="tool", content=text, tool_call_id=block.tool_use_id)
 
 

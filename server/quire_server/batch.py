@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -23,6 +24,8 @@ TIMEOUT = 3600.0
 """Seconds that one request may take; a full queue is part of it."""
 PAUSE = 0.5
 """Seconds until a request that was refused for lack of room is sent again."""
+LOST = "connection_error"
+"""Code of a result that a later run tries to better."""
 ATTEMPTS = 5
 """How often a request is sent to a server that cannot be reached."""
 
@@ -50,7 +53,8 @@ class Summary:
 def read_lines(source: Path) -> list[Line]:
     """All lines. Raises ConfigError if the file cannot be read."""
     try:
-        texts = source.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON may hold the other characters that end lines for Python.
+        texts = source.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {source}: {error}") from error
     lines, seen = [], set()
@@ -60,7 +64,8 @@ def read_lines(source: Path) -> list[Line]:
         line = _line(number, text)
         if line.custom_id in seen:
             line = Line(number, f"line-{number}", problem=f"custom_id {line.custom_id!r} stands on an earlier line too")
-        seen.add(line.custom_id)
+        if not line.problem:
+            seen.add(line.custom_id)
         lines.append(line)
     return lines
 
@@ -69,7 +74,8 @@ def _line(number: int, text: str) -> Line:
     unnamed = f"line-{number}"
     try:
         given = json.loads(text)
-    except ValueError as error:
+        json.dumps(given, ensure_ascii=False, allow_nan=False).encode()  # half a character, NaN: it could not be sent
+    except (ValueError, RecursionError) as error:
         return Line(number, unnamed, problem=f"the line is no JSON: {error}")
     if not isinstance(given, dict) or not isinstance(given.get("custom_id"), str):
         return Line(number, unnamed, problem="the line must be an object with a custom_id, which is a text")
@@ -87,20 +93,28 @@ def _line(number: int, text: str) -> Line:
 
 
 def answered(target: Path) -> set[str]:
-    """custom_ids of the results that a file holds; a last line that was cut is taken away."""
+    """custom_ids of the results that a file holds.
+
+    What a new run can better is taken out of the file: a last line that was cut, and results of
+    requests that no server answered. Raises ConfigError for a file that holds something else.
+    """
     if not target.exists():
         return set()
     data = target.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        target.write_bytes(whole)
-    found = set()
-    for number, text in enumerate(whole.splitlines(), start=1):
+    kept, found = [], set()
+    for number, text in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], start=1):
         try:
-            found.add(json.loads(text)["custom_id"])
-        except (ValueError, KeyError, TypeError) as error:
+            result = json.loads(text)
+            custom_id, error = result["custom_id"], result["error"]
+        except (ValueError, KeyError, TypeError) as problem:
             remedy = "name another file; this one is no result of a batch"
-            raise ConfigError(f"{target} line {number} has no custom_id", remedy=remedy) from error
+            raise ConfigError(f"{target} line {number} is no result of a batch", remedy=remedy) from problem
+        status = (result.get("response") or {}).get("status_code", 0)
+        if (error or {}).get("code") != LOST and status < 500:
+            kept.append(text + b"\n")
+            found.add(custom_id)
+    if b"".join(kept) != data:
+        target.write_bytes(b"".join(kept))
     return found
 
 
@@ -133,20 +147,21 @@ async def _result(client: httpx.AsyncClient, line: Line) -> dict[str, Any]:
         return result | {"response": None, "error": {"code": "invalid_line", "message": line.problem}}
     try:
         answer = await _sent(client, line)
-    except httpx.HTTPError as error:
+        body = answer.json()
+    except (httpx.HTTPError, ValueError) as error:  # no answer, or one of something that is no server of ours
         message = f"{type(error).__name__}: {error}"
-        return result | {"response": None, "error": {"code": "connection_error", "message": message}}
+        return result | {"response": None, "error": {"code": LOST, "message": message}}
     response = {
         "status_code": answer.status_code,
         "request_id": answer.headers.get("x-request-id", ""),
-        "body": answer.json(),
+        "body": body,
     }
     return result | {"response": response, "error": None}
 
 
 async def _sent(client: httpx.AsyncClient, line: Line) -> httpx.Response:
     """The answer; a full queue is waited for, a server that cannot be reached is tried a few times."""
-    attempts = 0
+    attempts, deadline = 0, time.monotonic() + TIMEOUT
     while True:
         try:
             answer = await client.post(line.path, json=line.body)
@@ -156,7 +171,7 @@ async def _sent(client: httpx.AsyncClient, line: Line) -> httpx.Response:
                 raise
             await asyncio.sleep(PAUSE * 2**attempts)
             continue
-        if answer.status_code != 429:
+        if answer.status_code != 429 or time.monotonic() > deadline:
             return answer
         await asyncio.sleep(PAUSE)
 
@@ -179,6 +194,6 @@ def check_reachable(url: str) -> str:
     base = url.rstrip("/").removesuffix("/v1")
     try:
         httpx.get(f"{base}/health", timeout=10).raise_for_status()
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise QuireError(f"no server answers at {base}: {error}", remedy="start one with `quire serve`") from error
     return base

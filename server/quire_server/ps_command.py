@@ -53,7 +53,7 @@ def _look(url: str, key: str | None) -> dict[str, Any]:
                 raise QuireError(f"{url} asks for a key", remedy="give it with --key, or in OPENAI_API_KEY")
             metrics = dict(SAMPLE.findall(client.get("/metrics").text))
             names = [model["id"] for model in models.json()["data"]]
-    except (httpx.HTTPError, ValueError, KeyError):
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError):
         return row
     numbers = {name: float(metrics[metric]) for name, metric in METRICS.items() if metric in metrics}
     cache = f"{100 * numbers.pop('cache'):.1f} %" if "cache" in numbers else ""

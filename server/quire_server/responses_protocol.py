@@ -6,7 +6,7 @@ https://platform.openai.com/docs/api-reference/responses
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -38,7 +38,7 @@ class ResponsesRequest(RequestBody):
 
     model: str | None = None
     """A served model's name; left out: the one that is served."""
-    input: str | list[dict[str, Any]]
+    input: str | Annotated[list[dict[str, Any]], Field(max_length=4096)]
     """A question, or a conversation."""
     instructions: str | None = None
     """What stands before it."""
@@ -145,7 +145,7 @@ def _parts(parts: Any, where: str, kinds: frozenset[str]) -> str:
         raise ApiError(400, f"{where} must be text or a list of parts", param=where, code="invalid_type")
     for place, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in kinds or not isinstance(part.get("text"), str):
+        if not isinstance(kind, str) or kind not in kinds or not isinstance(part.get("text"), str):
             message = f"content of type {str(kind)[:40]!r} is not supported; the model reads text"
             raise ApiError(400, message, param=f"{where}.[{place}].type", code="unsupported_value")
     return "".join(part["text"] for part in parts)

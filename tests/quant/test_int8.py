@@ -57,8 +57,8 @@ def test_a_quantized_checkpoint_is_not_quantized_again(tmp_path):
 
     folder = make_checkpoint("llama", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(ConfigError, match="gptq"):
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "exl3"}}))
+    with pytest.raises(ConfigError, match="exl3"):
         LLM(str(folder), quantization="int8")
-    with pytest.raises(ConfigError, match="gptq"):
+    with pytest.raises(ConfigError, match="exl3"):
         LLM(str(folder))

@@ -84,7 +84,7 @@ def test_an_ended_run_goes_on(server, source, tmp_path):
 def test_another_file_is_not_written_to(tmp_path):
     target = tmp_path / "notes.txt"
     target.write_text("my notes\n")
-    with pytest.raises(ConfigError, match="no custom_id"):
+    with pytest.raises(ConfigError, match="no result of a batch"):
         answered(target)
     assert target.read_text() == "my notes\n"
 
@@ -135,7 +135,39 @@ def test_the_command_with_a_running_server(quire, server, source, tmp_path):
     assert "3 answered" in result.stderr
     lost = quire(source, tmp_path / "other.jsonl", "--url", "http://127.0.0.1:9")
     assert (lost.exit_code, "quire serve" in lost.stderr) == (1, True)
+    assert quire(source, tmp_path / "other.jsonl", "--url", "http://127.0.0.1:9x").exit_code == 1
     both = quire(source, tmp_path / "other.jsonl", "--url", server, "--dtype", "float32")
     assert (both.exit_code, "no effect" in both.stderr) == (2, True)
     missing = quire(tmp_path / "none.jsonl", tmp_path / "other.jsonl", "--url", server)
     assert (missing.exit_code, "cannot read" in missing.stderr) == (2, True)
+
+
+def test_lines_that_break_other_programs(server, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    bodies = [
+        "[" * 200_000,
+        '{"custom_id": "\\ud800"}',
+        '{"custom_id": "nan", "url": "/v1/completions", "body": {"seed": NaN}}',
+    ]
+    fine = json.dumps(request_line("line-1", "What\u2028is\u0085this?"), ensure_ascii=False)
+    source.write_text("\n".join([fine, *bodies]), encoding="utf-8")
+    summary = run(server, source, target)
+    assert (summary.succeeded, summary.failed) == (1, 3)
+    assert [bool(result["error"]) for result in results(target).values()].count(True) == 3
+    assert results(target)["line-1"]["response"]["status_code"] == 200
+
+
+def test_what_no_server_answered_is_tried_again(tmp_path):
+    target, lines = tmp_path / "out.jsonl", [Line(1, "a", "/v1/completions", {}), Line(2, "b", "/v1/completions", {})]
+    answers = [httpx.Response(502, text="<html>"), httpx.Response(503, json={"error": {}})]
+
+    async def main(transport):
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return await run_batch(client, lines, target, 1)
+
+    first = asyncio.run(main(httpx.MockTransport(lambda request: answers.pop(0))))
+    assert (first.succeeded, first.failed) == (0, 2)
+    assert results(target)["a"]["error"]["code"] == "connection_error"
+    second = asyncio.run(main(httpx.MockTransport(lambda request: httpx.Response(200, json={"ok": 1}))))
+    assert (second.succeeded, second.skipped) == (2, 0)
+    assert len(target.read_text().splitlines()) == 2

@@ -13,6 +13,7 @@ import pytest
 from quire import AsyncLLM
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+RESPONSES, MESSAGES, COUNT = "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"
 HELLO = [{"role": "user", "content": "hello"}]
 NESTED = "[" * 5000 + "]" * 5000
 
@@ -75,6 +76,47 @@ def poisons():
         {"extra_args": 7, "n": 0},
     ):
         yield CHAT, {"messages": HELLO} | more
+
+
+ODD = (None, 7, {}, [7], [[]], [{}], [{"type": []}], [{"type": 7}], [{"type": "text"}], [{"type": "text", "text": 7}])
+"""Contents of the wrong shape, to be put wherever a content may stand."""
+
+
+def other_apis():
+    """The same for the APIs that nest more."""
+    messages = {"model": "quire-tiny", "max_tokens": 5}
+    for content in (*ODD, [{"type": "input_text", "text": "x" * 9}, 3], [{"type": [], "text": "x"}]):
+        for role in ("user", "assistant", "root", None, []):
+            yield RESPONSES, {"input": [{"role": role, "content": content}]}
+            yield MESSAGES, messages | {"messages": [{"role": role, "content": content}]}
+        yield RESPONSES, {"input": [{"type": "function_call_output", "call_id": "c", "output": content}]}
+        yield RESPONSES, {"input": [{"type": "reasoning", "content": content if content else 7}]}
+        result = {"type": "tool_result", "tool_use_id": "t", "content": content if content else 7}
+        yield MESSAGES, messages | {"messages": [{"role": "user", "content": [result]}]}
+        yield COUNT, {"model": "quire-tiny", "messages": [{"role": "user", "content": [result]}]}
+    for kind in ([], {}, 7, "item_reference", "computer_call"):
+        yield RESPONSES, {"input": [{"type": kind, "call_id": "c"}]}
+        yield MESSAGES, messages | {"messages": [{"role": "user", "content": [{"type": kind}]}]}
+    for field in ("name", "arguments", "call_id"):
+        call = {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "c"}
+        yield RESPONSES, {"input": [call | {field: 7}]}
+    yield RESPONSES, {"input": [{"role": "user", "content": "x"}] * 5000}
+    yield MESSAGES, messages | {"messages": [{"role": "user", "content": "x"}] * 5000}
+    for tool in (7, [], {}, {"name": "f"}, {"name": 7, "input_schema": {}}, {"name": "f", "input_schema": 7}):
+        yield MESSAGES, messages | {"messages": [{"role": "user", "content": "x"}], "tools": [tool]}
+        yield RESPONSES, {"input": "x", "tools": [tool]}
+    for more in ({"max_tokens": 2**70}, {"top_k": 2**70}, {"system": 7}, {"system": [{}]}, {"thinking": "yes"}):
+        yield MESSAGES, messages | {"messages": [{"role": "user", "content": "x"}]} | more
+    for more in ({"reasoning": 7}, {"metadata": {"a": 1}}, {"instructions": 7}, {"max_output_tokens": 2**70}):
+        yield RESPONSES, {"input": "x"} | more
+
+
+@pytest.mark.parametrize(("path", "body"), list(other_apis()), ids=lambda value: str(value)[:60])
+def test_every_shape_of_the_other_apis_is_answered_by_a_4xx(http, path, body):
+    answer = http.post(path, json=body)
+    assert 400 <= answer.status_code < 500, answer.text[:300]
+    assert answer.json()["error"]["message"]
+    assert "Traceback" not in answer.text
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["here", "child"])

@@ -54,6 +54,10 @@ class LayerFactory(ABC):
     def quant_linear(self, spec: LinearSpec, sources: tuple[LinearSpec, ...]) -> QuantLinear | None:
         """The quantized form of a linear layer, or None if it is stored unquantized."""
 
+    def may_fuse(self, sources: tuple[LinearSpec, ...]) -> bool:
+        """Whether these layers of one input may be held as one, as `QuantMethod.may_fuse` says."""
+        return True
+
 
 def no_stored_rows(name: str) -> None:
     """Weights that come from elsewhere than files."""

@@ -89,10 +89,18 @@ class QuantMethod(ABC):
         """Raises UnsupportedModel for settings that it cannot honour."""
         self.init = init
 
+    def may_fuse(self, sources: tuple[LinearSpec, ...]) -> bool:
+        """Whether these layers of one input, such as q, k and v, may be fused along their outputs.
+
+        If not, `linear` is asked for each of them alone. False where their formats differ, or only
+        some are quantized.
+        """
+        return True
+
     @abstractmethod
     def linear(self, spec: LinearSpec, sources: tuple[LinearSpec, ...]) -> QuantLinear | None:
         """The layer's quantized form, or None: it stays unquantized.
 
         `sources` are the checkpoint's layers that are fused into `spec` along the outputs (itself,
-        if nothing is fused). Raises UnsupportedModel if only some of them are quantized.
+        if nothing is fused). Raises UnsupportedModel for what it cannot read.
         """

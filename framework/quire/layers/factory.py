@@ -50,3 +50,6 @@ class PluginLayers(LayerFactory):
 
     def quant_linear(self, spec: LinearSpec, sources: tuple[LinearSpec, ...]) -> QuantLinear | None:
         return self._quantization.linear(spec, sources) if self._quantization is not None else None
+
+    def may_fuse(self, sources: tuple[LinearSpec, ...]) -> bool:
+        return self._quantization is None or self._quantization.may_fuse(sources)

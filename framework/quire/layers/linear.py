@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ class Source:
 class Linear:
     """y = x · Wᵀ + b, W being the sources' weights one below the other.
 
+    Sources that may not be fused, as their quantized forms differ, are multiplied one by one.
+
     Packed as soon as the last of its tensors has arrived, so that loading needs the unpacked form of
     one layer at a time.
     """
@@ -38,21 +41,21 @@ class Linear:
         name = sources[0].name if len(sources) == 1 else "+".join(source.name for source in sources)
         self.spec = LinearSpec(in_features, out_features, bias, init.dtype, init.deterministic, name)
         parts = tuple(replace(self.spec, out_features=s.out_features, name=s.name) for s in sources)
-        quant = init.layers.quant_linear(self.spec, parts)
-        if quant is None:
-            loader: _PlainLoader | _QuantLoader = _PlainLoader(init, self.spec, parts)
-        else:
-            loader = _QuantLoader(init, quant, parts)
-        self._run: Callable[[Tensor], Tensor] | None = None
-        loader.expect(table, self._ready)
+        fused = len(parts) == 1 or init.layers.may_fuse(parts)
+        groups = [(self.spec, parts)] if fused else [(part, (part,)) for part in parts]
+        self._runs: list[Callable[[Tensor], Tensor] | None] = [None] * len(groups)
+        for index, (spec, members) in enumerate(groups):
+            quant = init.layers.quant_linear(spec, members)
+            loader = _PlainLoader(init, spec, members) if quant is None else _QuantLoader(init, quant, members)
+            loader.expect(table, partial(self._runs.__setitem__, index))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in_features] -> [T, out_features]."""
-        assert self._run is not None, f"{self.spec.name} was not loaded"
-        return self._run(x)
-
-    def _ready(self, run: Callable[[Tensor], Tensor]) -> None:
-        self._run = run
+        outs = []
+        for run in self._runs:
+            assert run is not None, f"{self.spec.name} was not loaded"
+            outs.append(run(x))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
 
 
 Ready = Callable[[Callable[[Tensor], Tensor]], None]

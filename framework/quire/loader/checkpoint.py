@@ -21,6 +21,8 @@ PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "t
 """What is fetched from the hub: weights in safetensors, configuration, tokenizer, chat template."""
 IGNORED = ("consolidated*.safetensors", "*/*.safetensors")
 """The same weights once more, in other layouts, which some repositories hold beside the usual files."""
+OLDER_QUANTIZATION = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""File of quantization settings -> the method whose tools write it."""
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 
@@ -43,7 +45,7 @@ class Checkpoint:
     @property
     def quantization_config(self) -> Mapping[str, Any]:
         """How the weights are quantized; empty if they are not."""
-        return self.config.get("quantization_config") or {}
+        return self.config.get("quantization_config") or self.config.get("compression_config") or {}
 
     @property
     def dtype_name(self) -> str:
@@ -99,9 +101,19 @@ def read_checkpoint(name: str, folder: Path) -> Checkpoint:
     config = read_json(config_path)
     if not config.get("architectures"):
         raise UnsupportedModel(f"{config_path} names no 'architectures'", remedy="the checkpoint is incomplete")
+    if not config.get("quantization_config"):
+        config |= _older_quantization(folder)
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else {}
     return Checkpoint(name, folder, config, generation, index_tensors(folder))
+
+
+def _older_quantization(folder: Path) -> dict[str, Any]:
+    """Quantization settings in a file of their own, as tools wrote them before config.json had a place for them."""
+    for file_name, method in OLDER_QUANTIZATION.items():
+        if (folder / file_name).is_file():
+            return {"quantization_config": {"quant_method": method} | read_json(folder / file_name)}
+    return {}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -134,7 +134,10 @@ def why_not(host: PluginHost, provider: Provider) -> str:
         return "the point has no kit"
     if provider.point == "model" and provider.name not in ARCHITECTURES:
         return f"the kit can make checkpoints of {', '.join(ARCHITECTURES)} only"
-    given = getattr(host.load(provider.point, provider.name), "conformance", {})
+    target = host.load(provider.point, provider.name)
+    given = getattr(target, "conformance", {})
+    if provider.point == "quantization" and target.checkpoint_names and not given:
+        return "it reads a format of checkpoints, whose tensors only a test file can make"
     missing = [name for name in kit.needs if name not in given]
     if missing:
         return f"the kit needs {missing[0]!r}; give it in the class attribute `conformance`, or in a test file"

@@ -15,14 +15,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from quire.plugin import LinearSpec, QuantInit, QuantLinear, QuantMethod, QuantTensor
 from torch import Tensor
-from torch.nn import functional
+
+from quire_quant.rows import multiply
 
 LIMIT = 127
 """Largest code; symmetric, so that -128 is not used."""
-CHUNK_ROWS = 1024
-"""Output rows that are dequantized at once."""
-TILE = 16
-"""Rows of every multiplication in the deterministic form, so that a row does not see how many there are."""
 UNQUANTIZED = ("lm_head", "gate")
 """Last parts of the paths of layers left alone: the output head, and routers, whose choices are brittle."""
 
@@ -76,22 +73,13 @@ class Int8Linear(QuantLinear):
         return Int8State(codes.view_as(weight), safe)
 
     def forward(self, x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
-        if not self.spec.deterministic:
-            return self._multiply(x, state, bias)
-        padded = functional.pad(x, (0, 0, 0, -x.shape[0] % TILE))
-        tiles = [self._multiply(tile.clone(), state, bias) for tile in torch.split(padded, TILE)] if len(padded) else []
-        return torch.cat(tiles)[: x.shape[0]] if tiles else x.new_empty(0, self.spec.out_features)
+        def rows(start: int, end: int) -> Tensor:
+            return self._rows(state, start, end)
+
+        return multiply(x, self.spec.out_features, rows, bias, deterministic=self.spec.deterministic)
 
     def dequantize(self, state: Any) -> Tensor:
         return self._rows(state, 0, self.spec.out_features)
-
-    def _multiply(self, x: Tensor, state: Int8State, bias: Tensor | None) -> Tensor:
-        out = x.new_empty(x.shape[0], self.spec.out_features)
-        for start in range(0, self.spec.out_features, CHUNK_ROWS):
-            end = min(start + CHUNK_ROWS, self.spec.out_features)
-            part = None if bias is None else bias[start:end]
-            out[:, start:end] = functional.linear(x, self._rows(state, start, end), part)
-        return out
 
     def _rows(self, state: Int8State, start: int, end: int) -> Tensor:
         """Output rows `start` to `end` of the weight, in the compute dtype."""

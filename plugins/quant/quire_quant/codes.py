@@ -1,0 +1,69 @@
+"""The one form that every integer format is decoded to, and every kernel packs from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a layer's codes look like, known before any tensor is read.
+
+    Attributes:
+        bits: per code. group_size: inputs that share a scale; the layer's inputs for one scale per output.
+    """
+
+    bits: int
+    group_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """W[n, perm[k]] = (codes[n, k] - zeros[n, k // group_size]) * scales[n, k // group_size].
+
+    Attributes:
+        codes: uint8 [N, K], below 2**bits.
+        scales: [N, G], in the checkpoint's dtype. G is ceil(K / group_size).
+        zeros: uint8 [N, G]; None: 2**(bits - 1) everywhere.
+        perm: int64 [K], the input that each column belongs to, where groups are not runs of inputs; or None.
+    """
+
+    form: Form
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    perm: Tensor | None = None
+
+    def zero_points(self) -> Tensor:
+        """Zeros as float32 [N, G]."""
+        if self.zeros is not None:
+            return self.zeros.float()
+        return torch.full(self.scales.shape, float(1 << (self.form.bits - 1)), device=self.scales.device)
+
+    def to(self, device: torch.device) -> Codes:
+        """The same on a device."""
+        moved = [None if t is None else t.to(device) for t in (self.zeros, self.perm)]
+        return Codes(self.form, self.codes.to(device), self.scales.to(device), *moved)
+
+    def rows(self, start: int, end: int) -> Codes:
+        """The form of some of the outputs."""
+        zeros = None if self.zeros is None else self.zeros[start:end]
+        return Codes(self.form, self.codes[start:end], self.scales[start:end], zeros, self.perm)
+
+
+def per_column(grouped: Tensor, group_size: int, columns: int) -> Tensor:
+    """[N, G] -> [N, columns]: each column's value; the last group may be cut short."""
+    return grouped.repeat_interleave(group_size, 1)[:, :columns]
+
+
+def weight_of(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
+    """(codes - zeros) * scales in float32: codes [N, K], scales and zeros float32 [N, G] -> [N, K]."""
+    rows, columns = codes.shape
+    if columns % group_size:
+        spread = [per_column(each, group_size, columns) for each in (zeros, scales)]
+        return (codes.float() - spread[0]) * spread[1]
+    grouped = codes.view(rows, -1, group_size).float()
+    return ((grouped - zeros[..., None]) * scales[..., None]).view(rows, columns)

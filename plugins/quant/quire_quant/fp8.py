@@ -1,0 +1,152 @@
+"""Weights in float8 (e4m3) with a scale per tensor, per output or per block, dequantized when they are loaded.
+
+Hugging Face's form calls the block scales `weight_scale_inv`; they are multiplied by all the same. Activations
+stay in the compute dtype, which is more exact than the eight bits that such checkpoints are meant to give them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from quire.plugin import LinearSpec, QuantInit, QuantLinear, QuantMethod, QuantTensor, UnsupportedModel
+from torch import Tensor
+
+from quire_quant.codes import per_column
+from quire_quant.linear import refuse_experts
+from quire_quant.rows import multiply
+
+SCALES = ("weight_scale", "weight_scale_inv")
+IGNORED = ("input_scale", "activation_scale")
+"""Scales for activations in eight bits, which are not used."""
+BLOCK = (128, 128)
+
+
+class FP8Method(QuantMethod):
+    """Reads checkpoints whose `quant_method` is fp8."""
+
+    checkpoint_names = frozenset({"fp8"})
+
+    def __init__(self, init: QuantInit) -> None:
+        super().__init__(init)
+        refuse_experts(name for name, (_, dtype) in init.stored.items() if dtype is torch.float8_e4m3fn)
+        self.block = _block(init.config.get("weight_block_size"))
+
+    def may_fuse(self, sources: tuple[LinearSpec, ...]) -> bool:
+        return may_fuse_fp8(self.init, sources, self.block)
+
+    def linear(self, spec: LinearSpec, sources: tuple[LinearSpec, ...]) -> QuantLinear | None:
+        return FP8Linear(spec, sources, self.init, self.block) if is_fp8(self.init, sources[0]) else None
+
+
+def is_fp8(init: QuantInit, source: LinearSpec) -> bool:
+    """Whether the checkpoint stores the layer's weight in float8."""
+    found = init.stored.get(f"{source.name}.weight")
+    return found is not None and found[1] is torch.float8_e4m3fn
+
+
+def may_fuse_fp8(init: QuantInit, sources: tuple[LinearSpec, ...], block: tuple[int, int]) -> bool:
+    """Whether the scales may stand one below the other: one for each output, or whole blocks of them."""
+    if not all(is_fp8(init, source) for source in sources):
+        return not any(is_fp8(init, source) for source in sources)
+    for source in sources:
+        _, shape = _scale_of(init, source)
+        per_output = shape in _per_output(source)
+        if any(f"{source.name}.{name}" in init.stored for name in IGNORED):
+            return False
+        if not per_output and (len(shape) < 2 or source.out_features % block[0]):
+            return False
+    return True
+
+
+class FP8Linear(QuantLinear):
+    """weight float8 [N, K]; its scale [], [1], [N], [N, 1] or [ceil(N / block), ceil(K / block)]."""
+
+    def __init__(
+        self, spec: LinearSpec, sources: tuple[LinearSpec, ...], init: QuantInit, block: tuple[int, int]
+    ) -> None:
+        super().__init__(spec)
+        self._block = block
+        self._scale, shape = _scale_of(init, sources[0])
+        self._scale_shape = _fused_shape(spec, sources[0], shape, block)
+        self._ignored = tuple(
+            QuantTensor(name, tuple(init.stored[f"{sources[0].name}.{name}"][0]), torch.float32, None)
+            for name in IGNORED
+            if f"{sources[0].name}.{name}" in init.stored
+        )
+
+    def tensors(self) -> tuple[QuantTensor, ...]:
+        size = (self.spec.out_features, self.spec.in_features)
+        dim = 0 if self._scale_shape else None
+        scale = QuantTensor(self._scale, self._scale_shape, torch.float32, dim)
+        return (QuantTensor("weight", size, torch.float8_e4m3fn, 0), scale, *self._ignored)
+
+    def finalize(self, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
+        weight, scale = tensors["weight"].to(device), tensors[self._scale].to(device, torch.float32)
+        if scale.numel() == 1:
+            scale = scale.view(1, 1)
+        elif scale.ndim == 1:
+            scale = scale[:, None]
+        dense = torch.empty(weight.shape, dtype=self.spec.dtype, device=device)
+        step, rows_per_scale = self._block[0], -(-len(weight) // len(scale)) if len(scale) in (1, len(weight)) else 0
+        for start in range(0, len(weight), step):
+            rows = torch.arange(start, min(start + step, len(weight)), device=device)
+            factor = scale[rows // (rows_per_scale or step)]
+            if factor.shape[1] > 1:
+                factor = per_column(factor, self._block[1], weight.shape[1])
+            dense[start : start + step] = weight[start : start + step].float() * factor
+        return dense
+
+    def forward(self, x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
+        if not self.spec.deterministic:
+            return torch.nn.functional.linear(x, state, bias)
+        return multiply(x, self.spec.out_features, lambda a, b: state[a:b], bias, deterministic=True)
+
+    def dequantize(self, state: Any) -> Tensor:
+        weight: Tensor = state
+        return weight
+
+
+def _scale_of(init: QuantInit, source: LinearSpec) -> tuple[str, tuple[int, ...]]:
+    for name in SCALES:
+        found = init.stored.get(f"{source.name}.{name}")
+        if found is not None:
+            return name, tuple(found[0])
+    raise UnsupportedModel(
+        f"{source.name}.weight is float8 and the checkpoint has no {' or '.join(SCALES)} for it",
+        remedy="fetch the checkpoint again",
+    )
+
+
+def _per_output(source: LinearSpec) -> tuple[tuple[int, ...], ...]:
+    return ((source.out_features,), (source.out_features, 1))
+
+
+def _fused_shape(
+    spec: LinearSpec, source: LinearSpec, shape: tuple[int, ...], block: tuple[int, int]
+) -> tuple[int, ...]:
+    """The scale's shape for the whole layer, from that of one source. Raises UnsupportedModel."""
+    if shape in ((), (1,), (1, 1)):
+        return shape
+    if shape in _per_output(source):
+        return (spec.out_features, *shape[1:])
+
+    def blocks(outputs: int) -> tuple[int, int]:
+        return -(-outputs // block[0]), -(-spec.in_features // block[1])
+
+    if shape != blocks(source.out_features):
+        raise UnsupportedModel(
+            f"the scale of {source.name} has shape {list(shape)}; read are one for the tensor, one for each of "
+            f"{source.out_features} outputs, or {list(blocks(source.out_features))} for blocks of {list(block)}",
+            remedy="the block size in quantization_config is not the one it was made with",
+        )
+    return blocks(spec.out_features)
+
+
+def _block(size: Any) -> tuple[int, int]:
+    if size is None:
+        return BLOCK
+    if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(s, int) and s > 0 for s in size)):
+        raise UnsupportedModel(f"weight_block_size is {size!r}", remedy="it must be two numbers, such as [128, 128]")
+    return int(size[0]), int(size[1])
