@@ -15,7 +15,7 @@ from quire.errors import (
     RequestError,
     UnsupportedModel,
 )
-from quire.facade import EngineView, SequenceView
+from quire.facade import EngineView, SequenceView, StepView
 from quire.llm import LLM
 from quire.outputs import CompletionOutput, Logprob, OutputDelta, PositionLogprobs, RequestOutput
 from quire.params import SamplingParams
@@ -43,6 +43,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "SequenceView",
+    "StepView",
     "Submission",
     "UnsupportedModel",
     "__version__",

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from quire_server.errors import ApiError, ErrorEnvelope, as_api_error
 from quire_server.middleware import ApiKey, BodyLimit, RequestId, answer
-from quire_server.routes import anthropic, openai, operations, page, responses
+from quire_server.routes import anthropic, engine, openai, operations, page, responses
 from quire_server.state import ServerState
 from quire_server.tracing import Tracing, otlp_provider
 
@@ -43,7 +43,7 @@ def create_app(state: ServerState, tracer_provider: Any = None) -> FastAPI:
     """
     app = FastAPI(title="Quire", version=__version__, docs_url=None, redoc_url=None)
     app.state.server = state
-    for router in (openai.router, responses.router, anthropic.router, operations.router, page.router):
+    for router in (openai.router, responses.router, anthropic.router, operations.router, engine.router, page.router):
         app.include_router(router, responses=dict(ERRORS))
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     app.add_exception_handler(ApiError, _api_error)

@@ -160,6 +160,10 @@ class KVAllocator(ABC):
     def stats(self) -> KVStats:
         """A snapshot of the pool."""
 
+    def cached_blocks(self) -> tuple[int, ...]:
+        """The `stats().cached` blocks, the next to be reclaimed first. Only for people to look at; () if not told."""
+        return ()
+
     @abstractmethod
     def reset(self) -> None:
         """Forget all cached content. Raises RuntimeError while a request owns blocks."""

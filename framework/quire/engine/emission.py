@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from quire.contract.request import FinishReason, TokenLogprobs
+from quire.contract.request import FinishReason, Request, TokenLogprobs
 from quire.contract.scheduling import RequestUpdate
 from quire.engine.intake import Submission, sequence_id, sequence_index
 from quire.outputs import Logprob, OutputDelta, PositionLogprobs
@@ -19,6 +19,7 @@ class _Sequence:
 
     group: _Group
     index: int
+    request: Request
     detokenizer: IncrementalDetokenizer
 
 
@@ -54,12 +55,16 @@ class Emission:
             detokenizer = IncrementalDetokenizer(self._tokenizer, submission.params, submission.prompt_token_ids)
             detokenizer.update(request.output_token_ids, finished=False)
             index = sequence_index(request.request_id)
-            self._sequences[request.request_id] = _Sequence(group, index, detokenizer)
+            self._sequences[request.request_id] = _Sequence(group, index, request, detokenizer)
             group.live.add(index)
 
     def live_ids(self) -> list[str]:
         """Ids of the requests that have not had their final event."""
         return list(self._groups)
+
+    def live_requests(self) -> list[Request]:
+        """The scheduler's requests, one a sequence, that have not had their final event, in order of arrival."""
+        return [sequence.request for sequence in self._sequences.values()]
 
     def sequence_ids(self, request_id: str) -> list[str]:
         """Ids of a request's sequences that have not ended; none if it is unknown, or has ended."""

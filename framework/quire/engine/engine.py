@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,8 +22,9 @@ from quire.engine.chat import ChatFormat
 from quire.engine.emission import Emission
 from quire.engine.intake import Intake, Prompt, Submission
 from quire.engine.metrics import Metrics, StepTimes, step_stats
+from quire.engine.view import engine_view
 from quire.errors import EngineDead, RequestError
-from quire.facade import EngineFacade, EngineView, SequenceView
+from quire.facade import EngineFacade, EngineView
 from quire.outputs import OutputDelta
 from quire.params import SamplingParams
 from quire.resolve import ResolvedConfig
@@ -32,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3
 """Failed steps in a row after which the engine gives up; each ends the requests that were in it."""
+
+NUM_STEPS = 240
+"""Steps that the engine remembers for those who look at it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,12 @@ class Engine:
         self.parts = parts
         self._emission = Emission(parts.tokenizer, self._finish)
         self._failed_steps = 0
-        self.last_step: StepStats | None = None
+        self._steps: deque[StepStats] = deque(maxlen=NUM_STEPS)
+
+    @property
+    def last_step(self) -> StepStats | None:
+        """The last step that ran anything; None before the first."""
+        return self._steps[-1] if self._steps else None
 
     @property
     def config(self) -> ResolvedConfig:
@@ -153,19 +163,8 @@ class Engine:
         return self.parts.scheduler.stats()
 
     def view(self) -> EngineView:
-        """Who holds which blocks, and how much there is to do."""
-        kv, queues = self.kv_stats(), self.scheduler_stats()
-        keys = (key for request in self._emission.live_ids() for key in self._emission.sequence_ids(request))
-        tables = (SequenceView(key, tuple(self.parts.allocator.blocks(key))) for key in keys)
-        return EngineView(
-            num_blocks=kv.total,
-            num_cached_blocks=kv.cached,
-            num_waiting=queues.num_waiting,
-            num_running=queues.num_running,
-            num_preemptions=queues.num_preemptions,
-            num_step_tokens=self.last_step.num_tokens if self.last_step is not None else 0,
-            sequences=tuple(table for table in tables if table.block_ids),
-        )
+        """Who holds which blocks, and how much there is to do. Costs nothing until it is called."""
+        return engine_view(self.parts.allocator, self.parts.scheduler, self._emission.live_requests(), self._steps)
 
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes. Raises RuntimeError while requests run."""
@@ -192,7 +191,7 @@ class Engine:
         return result
 
     def _report(self, stats: StepStats) -> None:
-        self.last_step = stats
+        self._steps.append(stats)
         self.parts.metrics.step(stats)
         if self.parts.on_step is not None:
             self.parts.on_step(stats)

@@ -130,6 +130,9 @@ class PooledAllocator(KVAllocator):
             evictions=self._evictions,
         )
 
+    def cached_blocks(self) -> tuple[int, ...]:
+        return tuple(self._index.parked())
+
     def reset(self) -> None:
         if self._tables:
             raise RuntimeError(f"{len(self._tables)} requests own blocks; the cache is reset when none does")

@@ -133,6 +133,9 @@ class KVModel:
         assert stats.total == self.allocator.init.num_blocks - 1
         assert stats.used == len(owned), "used blocks are miscounted"
         assert stats.free == stats.total - stats.used, "free blocks are miscounted"
+        if cached := self.allocator.cached_blocks():
+            assert len(set(cached)) == len(cached) == stats.cached, "cached blocks are miscounted"
+            assert owned.isdisjoint(cached), "an owned block is told to be free"
         for name, request in self._requests.items():
             assert list(self.allocator.blocks(name)) == request.blocks, "the table changed behind the request's back"
         waste = stats.wasted_tokens

@@ -18,7 +18,7 @@ export function squares(view) {
   const each = Math.max(1, Math.ceil(view.num_blocks / MOST));
   const found = Array.from({ length: Math.ceil(view.num_blocks / each) }, () => ({ holder: null, shared: false }));
   const holders = new Map();
-  for (const { id, blocks } of view.sequences) {
+  for (const { sequence_id: id, block_ids: blocks } of view.sequences) {
     for (const block of blocks) {
       const square = found[Math.floor((block - 1) / each)];
       square.holder ??= id;

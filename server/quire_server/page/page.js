@@ -152,7 +152,7 @@ function tellEngine(metrics) {
 
 function tellBlocks(view) {
   draw(at("grid"), view);
-  at("step").textContent = view.num_step_tokens;
+  at("step").textContent = view.steps.at(-1)?.num_tokens ?? 0;
   at("cached").textContent = `${view.num_cached_blocks} of ${view.num_blocks}`;
 }
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
-from quire import EngineDead, EngineError, RequestError, __version__
+from quire import EngineDead, RequestError, __version__
 from starlette.responses import Response
 
 from quire_server.errors import ApiError, as_api_error, overloaded
@@ -126,18 +125,6 @@ async def tokenizer_info(request: Request) -> Response:
             "chat_template": tokenizer.chat_template,
         }
     )
-
-
-@router.get("/engine")
-async def engine(request: Request) -> Response:
-    """Who holds which KV blocks, and how much there is to do: what the page draws."""
-    state: ServerState = request.app.state.server
-    try:
-        view = await state.llm.view()
-    except EngineError as error:
-        raise overloaded(error.message) from error
-    sequences = [{"id": one.sequence_id, "blocks": one.block_ids} for one in view.sequences]
-    return JsonResponse({**asdict(view), "sequences": sequences})
 
 
 @router.post("/v1/embeddings")
