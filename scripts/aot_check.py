@@ -22,6 +22,7 @@ from typing import Any
 
 import triton
 from quire_cuda_paged.kernels import combine_kernel, paged_attention_kernel, plan_kernel
+from quire_cuda_paged.row_kernels import gated_act_kernel, prepare_qkv_kernel, rms_norm_kernel
 from quire_cuda_paged.tuning import Launch, tuning_for
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -34,11 +35,15 @@ MAX_SPILLS = 8
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     "table_ptr": "i32", "seq_lens_ptr": "i32", "query_start_ptr": "i32", "split_start_ptr": "i32", "chunk_ptr": "i32",
-    "end_ptr": "i32", "part_ptr": "fp32", "part_lse_ptr": "fp32", "sink_ptr": "fp32",
+    "end_ptr": "i32", "part_ptr": "fp32", "part_lse_ptr": "fp32", "sink_ptr": "fp32", "cos_ptr": "fp32",
+    "sin_ptr": "fp32", "slots_ptr": "i64",
 }  # fmt: skip
 """Element types of pointers; all others point to the compute dtype."""
+FLOATS = ("scale", "softcap", "eps", "offset", "q_eps", "k_eps", "q_offset", "k_offset")
+"""Arguments that are numbers with a fraction."""
 ALIGNED = ("out_ptr", "part_ptr", "q_ptr", "k_ptr", "v_ptr", "q_token", "out_token", "k_block", "k_slot", "k_head",
-           "v_block", "v_slot", "v_head")  # fmt: skip
+           "v_block", "v_slot", "v_head", "x_ptr", "weight_ptr", "residual_ptr", "x_row", "residual_row", "turned_ptr",
+           "qkv_ptr", "qkv_row", "k_cache_ptr", "v_cache_ptr", "cos_ptr", "sin_ptr", "cos_row")  # fmt: skip
 """Arguments that are multiples of 16 when the engine launches: without that, loads are not 16 bytes wide."""
 
 
@@ -96,15 +101,14 @@ def constants(head_dim: int, launch: Launch, split: bool) -> dict[str, Any]:
 def compiled(kernel: Any, constants: dict[str, Any], arch: int, dtype: str, launch: Launch) -> Any:
     """The kernel for an architecture."""
     names = kernel.arg_names
+    widths = {param.name: param.annotation_type for param in kernel.params if param.annotation_type}
 
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
         if name.endswith("_ptr"):
             return f"*{POINTERS.get(name, dtype)}"
-        if name in ("k_block", "v_block"):
-            return "i64"
-        return "fp32" if name in ("scale", "softcap") else "i32"
+        return "fp32" if name in FLOATS else widths.get(name, "i32")
 
     source = ASTSource(
         kernel,
@@ -164,16 +168,31 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
 
 
-def check_small_kernels(arch: int) -> Found:
-    """The planner and the combination; they only have to compile."""
-    found, launch = Found(arch, "plan and combine"), Launch(16, 64, 4, 3)
+def small_kernels() -> dict[str, tuple[Any, dict[str, Any], int]]:
+    """Name -> kernel, compile-time arguments, warps: what multiplies no matrices, and only must not spill."""
+    heads = {"HEADS": 32, "KV_HEADS": 8, "D": 128, "D_PAD": 128, "DV": 128, "DV_PAD": 128, "TILE": 8}
+    return {
+        "plan": (plan_kernel, {"TILE": 64, "MIN_TILES": 2, "ROWS": 256}, 4),
+        "combine": (combine_kernel, {"HEADS": 32, "DV": 128, "DV_PAD": 128, "BLOCK_Q": 4}, 4),
+        "rms_norm": (rms_norm_kernel, {"SIZE": 4096, "BLOCK": 4096, "RESIDUAL": True, "OFFSET": False}, 8),
+        "gated_act": (gated_act_kernel, {"SIZE": 14336, "BLOCK": 1024, "ACTIVATION": "silu"}, 4),
+        "prepare_qkv": (prepare_qkv_kernel, {**heads, "HALF": 64, "NEOX": True, "Q_NORM": 1, "K_NORM": 1}, 4),
+    }
+
+
+def check_small_kernel(name: str, arch: int) -> Found:
+    """Compile one of `small_kernels`, and judge it."""
+    found = Found(arch, name)
+    kernel, fixed, num_warps = small_kernels()[name]
     try:
-        compiled(plan_kernel, {"TILE": 64, "MIN_TILES": 2, "ROWS": 256}, arch, "bf16", launch)
-        sizes = {"HEADS": 32, "DV": 128, "DV_PAD": 128, "BLOCK_Q": 4}
-        values, _ = inspect(compiled(combine_kernel, sizes, arch, "bf16", launch))
-        found.registers, found.shared, found.stack = values["registers"], values["shared"], values["stack"]
+        values, listing = inspect(compiled(kernel, fixed, arch, "bf16", Launch(16, 64, num_warps, 3)))
     except Exception as error:
         found.problems.append(_reason(error))
+        return found
+    found.registers, found.shared, found.stack = values["registers"], values["shared"], values["stack"]
+    found.spills = len(re.findall(r"\b(?:LDL|STL)\b", listing))
+    if found.spills:
+        found.problems.append(f"{found.spills} spill instructions")
     return found
 
 
@@ -184,7 +203,10 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     arguments = parser.parse_args()
     archs = [int(arch) for arch in arguments.arch.split(",")]
-    results = [*(check(case) for case in cases(archs)), *(check_small_kernels(arch) for arch in archs)]
+    results = [
+        *(check(case) for case in cases(archs)),
+        *(check_small_kernel(name, arch) for arch in archs for name in small_kernels()),
+    ]
     if arguments.json:
         print(json.dumps({"triton": triton.__version__, "launches": [asdict(result) for result in results]}))
     else:

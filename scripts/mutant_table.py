@@ -10,6 +10,7 @@ SAMPLING = "tests/sampling"
 BATCH = "tests/engine/test_batch_and_dispatch.py"
 TEXT = "tests/tokenizer"
 CUDA = "tests/cuda_paged/test_cuda_attention.py"
+CUDA_OPS = "tests/cuda_paged/test_cuda_ops.py"
 REMOTE = "tests/remote/test_remote_engine.py"
 DETERMINISTIC = "tests/engine/test_deterministic.py"
 
@@ -33,6 +34,7 @@ CONTINUOUS = "framework/quire/scheduling/continuous.py"
 SAMPLER = "framework/quire/sampling/sampler.py"
 PROCESSORS = "framework/quire/sampling/processors.py"
 KERNELS = "plugins/cuda_paged/quire_cuda_paged/kernels.py"
+ROW_KERNELS = "plugins/cuda_paged/quire_cuda_paged/row_kernels.py"
 LEDGER = "framework/quire/remote/ledger.py"
 BUILDER = "framework/quire/engine/batch.py"
 DETOKENIZER = "framework/quire/tokenizer/detokenizer.py"
@@ -364,6 +366,48 @@ MUTANTS = (
         KERNELS,
         "splits = (tiles + chunk - 1) // chunk",
         "splits = tl.maximum(tiles // chunk, 1)",
+        CUDA,
+    ),
+    Mutant(
+        "kernel: the residual is normed but not kept",
+        ROW_KERNELS,
+        "tl.store(at, x.to(residual_ptr.dtype.element_ty), mask=inside)",
+        "pass",
+        CUDA_OPS,
+    ),
+    Mutant(
+        "kernel: the norm rounds once only",
+        ROW_KERNELS,
+        "result = _rounded(normed, out_ptr) * weight",
+        "result = normed * weight",
+        CUDA_OPS,
+    ),
+    Mutant(
+        "kernel: gate and value swapped",
+        ROW_KERNELS,
+        "result = _rounded(active, out_ptr) * value",
+        "result = _rounded(value / (1.0 + tl.exp(-value)), out_ptr) * gate",
+        CUDA_OPS,
+    ),
+    Mutant(
+        "kernel: turned the wrong way",
+        ROW_KERNELS,
+        "tl.where(first[None, :], -y, y)",
+        "tl.where(first[None, :], y, -y)",
+        CUDA,
+    ),
+    Mutant(
+        "kernel: the partner is not normed",
+        ROW_KERNELS,
+        "y = _normed(y.to(tl.float32), scale, weight[None, :], offset, x_ptr, NORM)",
+        "y = y.to(tl.float32)",
+        CUDA,
+    ),
+    Mutant(
+        "kernel: keys are cached before they are turned",
+        ROW_KERNELS,
+        "tl.store(k_cache_ptr + slot * k_slot + at, k.to(",
+        "tl.store(k_cache_ptr + slot * k_slot + at, tl.load(qkv + HEADS * D + at, mask=inside, other=0.0).to(",
         CUDA,
     ),
 )

@@ -20,6 +20,20 @@ class TestTorchOps(OpConformance):
         return TorchOps(self.init())
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_kit_works_on_any_device(bias):
+    class Elsewhere(OpConformance):
+        device = "cpu:0"  # not the word `cpu`, so tensors are moved
+
+    kit = Elsewhere()
+    ops = TorchOps(kit.init(kit.device))
+    kit.test_linear(ops, 7, False, bias, torch.float32)
+    kit.test_rms_norm(ops, 7, 0.0, torch.float32)
+    kit.test_moe(ops, 7, False, True)
+    with pytest.raises(AssertionError):
+        kit.test_rms_norm(Wrong("rms_norm", forgets_residual), 7, 0.0, torch.float32)
+
+
 class TestCpuDevice(DeviceConformance):
     @pytest.fixture
     def device_class(self):

@@ -12,7 +12,8 @@ import pytest
 
 assert "triton" not in sys.modules, "somebody imported triton before it could be told to interpret"
 os.environ["TRITON_INTERPRET"] = "1"
-import quire_cuda_paged.attention  # noqa: E402, F401  its kernels are decorated now
+import quire_cuda_paged.attention  # noqa: E402  its kernels are decorated now
+import quire_cuda_paged.ops  # noqa: E402, F401
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
@@ -21,7 +22,7 @@ del os.environ["TRITON_INTERPRET"]
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    """Every test here runs with the interpreter, whose two faults are mended."""
+    """Every test here runs with the interpreter, whose faults with bfloat16 and numpy are mended."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     exact_dot = interpreter.InterpreterBuilder.create_dot
 
@@ -36,6 +37,18 @@ def interpreted(monkeypatch):
         return exact_dot(self, widened(a), widened(b), *rest)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    exact_cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast(self, source, target):
+        """To bfloat16 it cuts the last bits off; a GPU rounds to the nearest, to even."""
+        if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
+            return exact_cast(self, source, target)
+        bits = source.data.astype(np.float32).view(np.uint32)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        nearest = np.where(np.isnan(source.data), (bits >> 16) | 1, nearest)
+        return interpreter.TensorHandle(nearest.astype(np.uint16), tl.bfloat16)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
     patch_tensor = interpreter._patch_lang_tensor
 
     def with_index(tensor, *rest):

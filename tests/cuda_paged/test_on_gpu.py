@@ -6,8 +6,10 @@ from quire import LLM, SamplingParams
 from quire.testing.attention import AttentionConformance
 from quire.testing.attention_problems import TOLERANCE
 from quire.testing.device import DeviceConformance
+from quire.testing.op import OpConformance
 from quire_cuda_paged.attention import CudaPagedAttention
 from quire_cuda_paged.device import CudaDevice
+from quire_cuda_paged.ops import CudaOps
 from quire_cuda_paged.probe import missing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
@@ -20,6 +22,14 @@ class TestAttentionOnGpu(AttentionConformance):
     @pytest.fixture
     def backend_class(self):
         return CudaPagedAttention
+
+
+class TestOpsOnGpu(OpConformance):
+    device = "cuda"
+
+    @pytest.fixture
+    def op_set(self):
+        return CudaOps(self.init(self.device))
 
 
 class TestCudaDevice(DeviceConformance):

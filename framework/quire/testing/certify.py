@@ -117,10 +117,10 @@ def conformance(point: str, name: str, options: HostOptions | None = None) -> ty
     kit = KITS[point]
     target = host.load(point, name)
     base = _load(kit.target)
-    subject = target(OpInit(torch.device("cpu"), 256)) if point == "op" else target
     given = dict(getattr(target, "conformance", {}))
-    fixtures = {kit.fixture: subject, **kit.others(host, provider)}
     device = {} if not provider.devices or "cpu" in provider.devices else {"device": min(provider.devices)}
+    subject = target(OpInit(torch.device(device.get("device", "cpu")), 256)) if point == "op" else target
+    fixtures = {kit.fixture: subject, **kit.others(host, provider)}
     members = {fixture: _fixture(fixture, value) for fixture, value in fixtures.items()}
     return type(f"Test_{point}_{name}", (base,), {**given, **device, **members})
 

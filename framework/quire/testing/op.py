@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quire.contract.ops import GatedActSpec, LinearSpec, MoESpec, OpInit, OpSet, OpSpec, RMSNormSpec
+from quire.testing.placement import placed
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 ROWS = (0, 1, 2, 3, 7, 16, 17, 33, 130)
@@ -43,7 +44,8 @@ class OpConformance:
         reasons = op_set.why_not(spec)
         if reasons:
             pytest.skip("; ".join(reasons))
-        return op_set.build(spec)
+        op = op_set.build(spec)
+        return op if self.device == "cpu" else _Placed(op, self.device)
 
     def close(self, ours: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
         assert ours.dtype is dtype
@@ -157,6 +159,20 @@ class OpConformance:
         weight = torch.randn(200, size, generator=_seeded(1)).to(dtype)
         state = linear.pack(weight, torch.randn(200, generator=_seeded(2)).to(dtype))
         return lambda x: linear(x, state)
+
+
+class _Placed:
+    """An operation of another device as one that takes and gives tensors of the CPU, where problems are made."""
+
+    def __init__(self, op: Any, device: str) -> None:
+        self._op, self._device = op, device
+
+    def pack(self, *tensors: Tensor | None) -> Any:
+        return self._op.pack(*placed(tensors, self._device))
+
+    def __call__(self, *arguments: Any) -> Any:
+        moved = [placed(item, self._device) if isinstance(item, Tensor) else item for item in arguments]
+        return placed(self._op(*moved), "cpu")
 
 
 def _seeded(seed: int) -> torch.Generator:

@@ -9,7 +9,7 @@ from quire.plugin import Provider, hookimpl
 
 @hookimpl
 def quire_providers() -> Iterable[Provider]:
-    """Attention and device for CUDA."""
+    """Attention, operations and device for CUDA."""
     cuda = frozenset({"cuda"})
     return (
         Provider(
@@ -21,6 +21,16 @@ def quire_providers() -> Iterable[Provider]:
             devices=cuda,
             probe="quire_cuda_paged.probe:missing",
             summary="paged attention in Triton, split over the KV cache",
+        ),
+        Provider(
+            "op",
+            "cuda_paged",
+            "quire_cuda_paged.ops:CudaOps",
+            api=1,
+            priority=50,
+            devices=cuda,
+            probe="quire_cuda_paged.probe:missing",
+            summary="norms and gated activations in one launch each",
         ),
         Provider(
             "device",

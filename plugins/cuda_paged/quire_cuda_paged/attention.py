@@ -14,10 +14,12 @@ from quire.plugin import (
     AttentionLayer,
     GraphSupport,
     KVCaches,
+    QKVStep,
 )
 from torch import Tensor
 
 from quire_cuda_paged.kernels import combine_kernel, paged_attention_kernel, plan_kernel
+from quire_cuda_paged.prepare import can_fuse, fused_prepare_qkv
 from quire_cuda_paged.tuning import Launch, Tuning, tuning_for
 
 MIN_TILES = 2
@@ -82,6 +84,9 @@ class CudaPagedAttention(AttentionBackend):
         self._capability, self._num_multiprocessors = _machine(init.device)
         self._workspaces = {shape: self._workspace(shape) for shape in {shape_of(layer) for layer in init.layers}}
         self._sinks = {layer.layer_id: layer.sinks.float() for layer in init.layers if layer.sinks is not None}
+
+    def prepare_qkv(self, step: QKVStep) -> tuple[Tensor, Tensor, Tensor]:
+        return fused_prepare_qkv(step) if can_fuse(step) else super().prepare_qkv(step)
 
     def plan(self, batch: AttentionBatch) -> StepPlan:
         lengths = batch.query_start_loc_host.diff()
