@@ -59,7 +59,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     wants = _wants(body, body.top_logprobs or 0 if body.logprobs else None)
     if body.stream:
         chunks = ChatChunks(call.meta, wants, job.num_choices, job.num_prompt_tokens)
-        return call.stream(job, sse.Encoder(chunks.begin, chunks.feed, end=sse.DONE))
+        return call.stream(job, sse.Encoder(chunks.begin, chunks.feed, end=sse.DONE, quick=chunks.quick))
     return call.answer(whole_chat(call.meta, wants, whole(job, await call.events(job))))
 
 
@@ -82,7 +82,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         token_text=tokenizer.token_text,
     )
     if body.stream:
-        return call.stream(job, sse.Encoder(list, chunks.feed, end=sse.DONE))
+        return call.stream(job, sse.Encoder(list, chunks.feed, end=sse.DONE, quick=chunks.quick))
     collected: list[dict[str, Any]] = []
     usage = Usage()
     for event in await call.events(job):
