@@ -18,6 +18,7 @@ from quire_server.encoding import Meta
 from quire_server.errors import APOLOGY, ApiError, as_api_error
 from quire_server.events import Event, Failure
 from quire_server.generation import Job, event_batches
+from quire_server.jobs import Sender
 from quire_server.json_response import JsonResponse
 from quire_server.state import ServerState
 
@@ -45,9 +46,10 @@ class Call:
         self, state: ServerState, request: Request, prefix: str, model: str | None, ignored: Sequence[str] = ()
     ) -> None:
         self._state, self._request = state, request
-        self._headers = {IGNORED_FIELDS: _printable(ignored)} if ignored else {}
+        self._headers = ignored_header(ignored)
         state.admission.check()
         self.request_id = f"{prefix}{uuid.uuid4().hex}"
+        self.sender = Sender(self.request_id, getattr(request.state, "tenant", ""))
         self.meta = Meta(self.request_id, int(time.time()), state.check_model(model))
 
     async def prepare(self, make: Callable[[], T], prompt_param: str) -> T:
@@ -85,6 +87,11 @@ class Call:
     def answer(self, content: dict[str, Any]) -> Response:
         """The answer, sent at once."""
         return JsonResponse(content, headers=self._headers)
+
+
+def ignored_header(names: Sequence[str]) -> dict[str, str]:
+    """The header that names fields without effect, if there are any."""
+    return {IGNORED_FIELDS: _printable(names)} if names else {}
 
 
 def _printable(names: Sequence[str]) -> str:

@@ -137,6 +137,8 @@ class ApiKey:
         elif not self._is_known(given):
             error = ApiError(401, f"Incorrect API key provided: {_masked(given)}.", code="invalid_api_key")
         else:
+            if len(self._digests) > 1:
+                scope.setdefault("state", {})["tenant"] = _digest(given).hex()[:16]
             await self._app(scope, receive, send)
             return
         await answer(error, scope["path"])(scope, receive, send)

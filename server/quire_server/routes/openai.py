@@ -55,7 +55,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation."""
     state: ServerState = request.app.state.server
     call = _call(state, request, body, "chatcmpl-")
-    job = await call.prepare(lambda: chat_job(state.llm, state.settings, body, call.request_id), "messages")
+    job = await call.prepare(lambda: chat_job(state.llm, state.settings, body, call.sender), "messages")
     wants = _wants(body, body.top_logprobs or 0 if body.logprobs else None)
     if body.stream:
         chunks = ChatChunks(call.meta, wants, job.num_choices, job.num_prompt_tokens)
@@ -68,7 +68,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continue one prompt or several."""
     state: ServerState = request.app.state.server
     call = _call(state, request, body, "cmpl-")
-    job = await call.prepare(lambda: completion_job(state.llm, state.settings, body, call.request_id), "prompt")
+    job = await call.prepare(lambda: completion_job(state.llm, state.settings, body, call.sender), "prompt")
     tokenizer, submissions = state.llm.tokenizer, job.submissions
     wants = _wants(body, body.logprobs)
     chunks = CompletionChunks(
