@@ -94,7 +94,7 @@ def test_it_says_what_it_loads_and_who_asked(tcp):
         time.sleep(0.02)  # the line follows the answer
     for phase in ("building the model: ", "loading weights: ", "packing: "):
         assert log.index(phase) < log.index("ready in")
-    assert re.search(rf"^info: GET '/v1/models' 200 \d+ ms asked-1$", log, re.MULTILINE)
+    assert re.search(r"^info: GET '/v1/models' 200 \d+ ms asked-1$", log, re.MULTILINE)
     assert "'/ready'" not in log
 
 
@@ -108,8 +108,8 @@ def test_the_line_to_paste_works_over_a_unix_socket(uds):
 
 def test_a_busy_port_is_told_with_its_owner(tcp):
     port = url(tcp).rpartition(":")[2]
-    process = quire_serve("--port", port)
-    said = " ".join(process.communicate(timeout=60)[1].split())  # without the console's line breaks
+    with quire_serve("--port", port) as process:
+        said = " ".join(process.stderr.read().split())  # without the console's line breaks
     assert process.returncode == 5
     assert "Address already in use" in said
     assert "choose another with --port" in said
