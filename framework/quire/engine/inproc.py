@@ -55,6 +55,7 @@ class InprocExecutor(Executor):
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_model_len=config.max_model_len,
                 block_size=config.block_size,
+                blame=self._host.blame,
             )
         )
 

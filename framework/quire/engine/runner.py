@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,7 @@ class RunnerParts:
     max_num_batched_tokens: int
     max_model_len: int
     block_size: int
+    blame: Callable[[BaseException], str]
 
 
 @dataclass(slots=True)
@@ -82,7 +83,7 @@ class Runner:
         except Exception as error:
             if len(schedule.rows) == 1:
                 raise
-            rows = isolate(schedule.rows, error, lambda part: self._run_rows(part, times))
+            rows = isolate(schedule.rows, error, lambda part: self._run_rows(part, times), self._parts.blame)
         return StepResult(schedule.step_id, rows, build_s=times.build, forward_s=times.forward, sample_s=times.sample)
 
     def _run_rows(self, rows: Sequence[ScheduledRow], times: _Times) -> tuple[RowResult, ...]:
