@@ -171,7 +171,8 @@ def test_a_name_that_another_has_is_asked_for_in_full(folder, installer, quire):
 def test_a_tuple_is_no_provider(folder, installer, quire):
     (folder / INIT).write_text(
         "from quire.plugin import hookimpl\n\n"
-        "@hookimpl\ndef quire_providers():\n    return [('attention', 'mine', 'quire_mine.attention:MineAttention', 1)]\n"
+        "@hookimpl\ndef quire_providers():\n"
+        "    return [('attention', 'mine', 'quire_mine.attention:MineAttention', 1)]\n"
     )
     installer(folder, folder.parent / "site")
     assert "must yield Provider objects, not tuple; return a list such as" in quire(*BY_NAME)[2]

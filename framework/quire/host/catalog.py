@@ -134,7 +134,7 @@ class Catalog:
         """What to do about a name that no provider of the point has."""
         names = [provider.name for provider, _ in offered]
         ours = [provider.name for provider, plugin in offered if self.reports[plugin].distribution == wanted]
-        remedy = suggest(*(ours or [wanted])[:1], names)
+        remedy = suggest(ours[0] if ours else wanted, names)
         if remedy.startswith("did"):
             return remedy
         report = self.reports.get(wanted)
