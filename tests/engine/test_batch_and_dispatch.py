@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from quire import LLM, SamplingParams
@@ -11,6 +12,7 @@ from quire.contract.request import NewRow, Schedule, ScheduledRow
 from quire.engine.batch import BatchBuilder
 from quire.engine.dispatcher import GraphDispatcher
 from quire.engine.rows import RowTable
+from quire.engine.staging import IN_FLIGHT, Staging
 from quire_cpu_ref.device import CpuDevice
 
 SIZE, LENGTH, SEQS = 4, 40, 6
@@ -32,16 +34,22 @@ def random_rows(rng, table):
 
 
 @pytest.mark.parametrize("padding", [None, (2, 9)])
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("seed", range(15))
-def test_batch_by_definition(seed, padding):
+def test_batch_by_definition(seed, shared, padding):
     table = RowTable(SEQS, LENGTH, SIZE, torch.device("cpu"))
     tokens, rows = random_rows(random.Random(seed), table)
-    builder = BatchBuilder(table, CpuDevice(DeviceInit()), SEQS * LENGTH + 10, SIZE)
+    staging = Staging(CpuDevice(DeviceInit()), 1 << 20, shared=shared)
+    builder = BatchBuilder(table, staging, SEQS * LENGTH + 10, SIZE)
     total = sum(row.num_new_tokens for row in rows)
     key = None
     if padding is not None:
         key = GraphKey(0, min(SEQS, len(rows) + padding[0]), total + padding[1])
-    inputs = builder.build(rows, key)
+    staging.begin()
+    staged, deltas = builder.stage(rows, key), table.stage(staging)
+    staging.send()
+    table.flush(deltas)
+    inputs = builder.inputs(staged)
     batch = inputs.attention
     assert (batch.num_reqs, batch.num_tokens) == ((key.num_reqs, key.num_tokens) if key else (len(rows), total))
     at = 0
@@ -63,7 +71,73 @@ def test_batch_by_definition(seed, padding):
     assert all(slot < SIZE for slot in batch.slot_mapping[total:].tolist()), "padding must point into the null block"
     assert torch.equal(batch.seq_lens, batch.seq_lens_host)
     lengths = {row.num_new_tokens for row in rows}
-    assert batch.uniform_query_len == (lengths.pop() if len(lengths) == 1 else 0)
+    assert batch.uniform_query_len == (lengths.pop() if len(lengths) == 1 and key is None else 0)
+    assert batch.max_query_len >= max(row.num_new_tokens for row in rows)
+    assert batch.max_seq_len >= int(batch.seq_lens.max())
+
+
+def test_a_steps_buffer_is_not_touched_while_it_may_be_read():
+    staging = Staging(CpuDevice(DeviceInit()), 1024, shared=True)
+    tensors = []
+    for step in range(IN_FLIGHT):
+        staging.begin()
+        tensors.append(staging.put(np.full(5, step, dtype=np.int32)))
+        staging.send()
+    assert [tensor.tolist() for tensor in tensors] == [[0] * 5, [1] * 5]
+
+
+def test_what_finds_no_room_in_the_buffer_is_sent_alone():
+    staging = Staging(CpuDevice(DeviceInit()), 256, shared=False)
+    staging.begin()
+    small, large = staging.put(np.arange(9, dtype=np.float32)), staging.put(np.arange(99, dtype=np.int64))
+    assert small.tolist() == [0.0] * 9, "it has not been sent yet"
+    staging.send()
+    assert (small.tolist(), large.tolist()) == (list(range(9)), list(range(99)))
+    with pytest.raises(ValueError, match="no room"):
+        staging.reserve(99, torch.int64)
+
+
+def test_a_slots_next_request_finds_it_empty():
+    table = RowTable(SEQS, LENGTH, SIZE, torch.device("cpu"))
+    staging = Staging(CpuDevice(DeviceInit()), 1 << 16, shared=True)
+    schedules = [
+        Schedule(
+            0,
+            new_rows=(NewRow(1, "a", (1, 2, 3), 1, SamplingParams(), 0, frozenset()),),
+            rows=(ScheduledRow(1, "a", 0, 3, (50, 51, 52), True),),
+        ),
+        Schedule(1, released=(1,)),  # nothing runs, so the device learns of it with the next step
+        Schedule(
+            2,
+            new_rows=(NewRow(1, "b", (7, 8), 1, SamplingParams(), 0, frozenset()),),
+            rows=(ScheduledRow(1, "b", 0, 2, (9,), True),),
+        ),
+    ]
+    for schedule in schedules:
+        table.apply(schedule)
+        if not schedule.is_empty:
+            staging.begin()
+            deltas = table.stage(staging)
+            staging.send()
+            table.flush(deltas)
+    assert table.block_table[1].tolist() == [9] + [0] * (table.max_blocks - 1) == table.host_block_table[1].tolist()
+    assert table.token_ids[1, :3].tolist() == [7, 8, 3]
+
+
+def test_what_a_failed_step_left_unsent_does_not_reach_the_slots_next_request():
+    table = RowTable(SEQS, LENGTH, SIZE, torch.device("cpu"))
+    staging = Staging(CpuDevice(DeviceInit()), 1 << 16, shared=True)
+    first = NewRow(1, "a", tuple(range(1, 30)), 1, SamplingParams(), 0, frozenset())
+    row = ScheduledRow(1, "a", 0, 29, tuple(range(50, 58)), True)
+    table.apply(Schedule(0, new_rows=(first,), rows=(row,)))  # and its launch fails before anything was staged
+    second = NewRow(1, "b", (7, 8), 1, SamplingParams(), 0, frozenset())
+    table.apply(Schedule(1, (1,), (second,), (ScheduledRow(1, "b", 0, 2, (9,), True),)))
+    staging.begin()
+    deltas = table.stage(staging)
+    staging.send()
+    table.flush(deltas)
+    assert table.block_table[1].tolist() == [9] + [0] * (table.max_blocks - 1) == table.host_block_table[1].tolist()
+    assert table.token_ids[1, :3].tolist() == [7, 8, 0]
 
 
 def test_taking_an_occupied_slot_is_caught():

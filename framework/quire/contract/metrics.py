@@ -19,7 +19,8 @@ class StepStats:
         kv_used_blocks: blocks owned. kv_total_blocks: blocks in the pool.
         prefix_query_tokens: total tokens looked up in the prefix cache. prefix_hit_tokens: total found.
         num_preemptions: total. num_finished: requests that ended in this step.
-        schedule_s, build_s, forward_s, sample_s, update_s: where the time went.
+        schedule_s, build_s, forward_s, sample_s, update_s: where the host's time went.
+        wait_s: how long it waited for the device.
     """
 
     step_id: int
@@ -40,6 +41,7 @@ class StepStats:
     forward_s: float
     sample_s: float
     update_s: float
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,6 +191,9 @@ def _parts(front: Front, host: PluginHost, executor: Executor, blocks: int) -> E
             max_model_len=config.max_model_len,
             clock=clock,
             options=options,
+            needs_host_tokens=lambda params: any(
+                choice.target.needs_host_tokens(params) for choice in config.processors
+            ),
         ),
     )
     sinks = [

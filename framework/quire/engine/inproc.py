@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
+from typing import ClassVar
 
 import torch
 
@@ -16,8 +18,26 @@ from quire.errors import EngineError, OutOfMemory
 from quire.resolve import ResolvedConfig
 
 
+class _Collected(Future[StepResult]):
+    """A step in flight: whoever asks for its result waits for the device, in the asking thread."""
+
+    def __init__(self, collect: Callable[[], StepResult]) -> None:
+        super().__init__()
+        self._collect = collect
+
+    def result(self, timeout: float | None = None) -> StepResult:
+        if not self.done():
+            try:
+                self.set_result(self._collect())
+            except Exception as error:
+                self.set_exception(error)
+        return super().result(timeout)
+
+
 class InprocExecutor(Executor):
-    """Loads the model here and runs each schedule before `step` returns."""
+    """Loads the model here. `step` launches a schedule; its future's `result` waits for the device."""
+
+    max_in_flight: ClassVar[int] = 2
 
     def __init__(self, init: ExecutorInit) -> None:
         super().__init__(init)
@@ -59,14 +79,16 @@ class InprocExecutor(Executor):
         )
 
     def step(self, schedule: Schedule) -> Future[StepResult]:
-        future: Future[StepResult] = Future()
-        if self._runner is None:
+        runner = self._runner
+        if runner is None:
             raise EngineError("the executor has not been started")
         try:
-            future.set_result(self._runner.run(schedule))
+            launched = runner.launch(schedule)
         except Exception as error:
-            future.set_exception(error)
-        return future
+            failed: Future[StepResult] = Future()
+            failed.set_exception(error)
+            return failed
+        return _Collected(lambda: runner.collect(launched))
 
     def health(self) -> str | None:
         return None if self._runner is not None else "the executor has not been started, or was shut down"

@@ -138,6 +138,7 @@ def step_stats(
         forward_s=result.forward_s,
         sample_s=result.sample_s,
         update_s=times.update_s,
+        wait_s=result.wait_s,
     )
 
 

@@ -48,6 +48,7 @@ class ContinuousScheduler(Scheduler):
         self._forkable: set[str] = set()
         self._untrusted: set[str] = set()
         self._prompt_logprobs_told: dict[str, int] = {}
+        self._unhurried: set[str] = set()
         self._step_id = 0
         self._num_preemptions = self._num_finished = 0
 
@@ -62,6 +63,8 @@ class ContinuousScheduler(Scheduler):
                 remedy="shorten the prompt, or raise num_kv_blocks or kv_cache_memory",
             )
         self._requests[request.request_id] = request
+        if self.init.needs_host_tokens(request.params):
+            self._unhurried.add(request.request_id)
         self._waiting.push(request)
 
     def finish(self, request_id: str, reason: FinishReason) -> Request | None:
@@ -115,6 +118,8 @@ class ContinuousScheduler(Scheduler):
 
     def _wants_step(self, request: Request) -> bool:
         """Whether there is something to compute that no scheduled step computes, and the length allows it."""
+        if request.num_pending_tokens and request.request_id in self._unhurried:
+            return False
         expected = request.num_output_tokens + request.num_pending_tokens
         is_complete = request.num_pending_tokens > 0 and expected >= request.max_tokens
         return request.num_computed_tokens < request.num_tokens and not is_complete
@@ -306,6 +311,7 @@ class ContinuousScheduler(Scheduler):
             return
         del self._outstanding[key], self._requests[key]
         self._forkable.discard(key)
+        self._unhurried.discard(key)
         self._prompt_logprobs_told.pop(key, None)
         if key in self._untrusted:
             self._untrusted.remove(key)
