@@ -74,7 +74,8 @@ class EngineConfig(BaseModel):
     kv_cache_memory: Annotated[Count, Field(ge=1 << 10, le=1 << 50)] | Literal["auto"] = at(
         "engine.kv_cache.memory", "auto"
     )
-    """Bytes for the KV pool; auto: what max_num_seqs full-length requests need, at most half of the free memory."""
+    """Bytes for the KV pool; auto: what max_num_seqs full-length requests need, at most half of the free memory
+    (of a GPU's, all that its margin leaves)."""
     enable_prefix_caching: bool = at("engine.kv_cache.prefix_caching", True)
     """Requests that begin alike share the KV of their beginning."""
     attention_backend: str = at("plugins.attention", "auto")

@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from quire import LLM, SamplingParams
+from quire import SamplingParams
 from quire.contract.attention import GraphSupport
-from quire.contract.device import DeviceInit, GraphKey, GraphRunner
+from quire.contract.device import DeviceInit, GraphKey
 from quire.contract.request import NewRow, Schedule, ScheduledRow
 from quire.engine.batch import BatchBuilder
 from quire.engine.dispatcher import GraphDispatcher
@@ -166,41 +166,26 @@ KEYS = [GraphKey(1, 4, 4), GraphKey(1, 8, 8), GraphKey(0, 8, 32), GraphKey(2, 4,
     ],
 )
 def test_the_smallest_key_that_fits(step, level, key):
-    assert GraphDispatcher(KEYS, {"attention": level, "other": GraphSupport.ANY}).pick(*step) == key
+    assert GraphDispatcher(KEYS, {"attention": level, "other": GraphSupport.ANY}, 64, 99).pick(*step) == key
 
 
 def test_the_log_names_what_limits_graphs(caplog):
     with caplog.at_level("INFO"):
-        GraphDispatcher(KEYS, {"attention": GraphSupport.ANY, "slow sampler": GraphSupport.UNIFORM})
-    assert "slow sampler" in caplog.text
+        GraphDispatcher(KEYS, {"attention": GraphSupport.ANY, "slow op": GraphSupport.UNIFORM}, 8, 32)
+        GraphDispatcher(KEYS, {"attention": GraphSupport.ANY, "old op": GraphSupport.NEVER}, 8, 32)
+    assert "limited to steps of equal query lengths by slow op" in caplog.text
+    assert "no graphs are captured, as old op" in caplog.text
 
 
-class Buckets(GraphRunner):
-    """Runs eagerly, but pads to sizes as a graph would, and notes them."""
-
-    def __init__(self):
-        self.used = []
-
-    def keys(self):
-        return [GraphKey(1, size, size) for size in (2, 4, 8)] + [GraphKey(0, 8, 64)]
-
-    def run(self, key, work):
-        self.used.append(key)
-        return work()
-
-
-def test_padded_steps_give_the_same_tokens(checkpoint, monkeypatch):
-    import dataclasses
-
-    from quire_cpu_ref.attention import CpuRefAttention
-
-    prompts = [[5, 6, 7], [8] * 30, [9]]
-    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
-    options = {"dtype": "float32", "num_kv_blocks": 60, "max_num_seqs": 8, "max_num_batched_tokens": 64}
-    plain = LLM(checkpoint("qwen3"), **options).generate(prompts, params, use_tqdm=False)
-    runner = Buckets()
-    monkeypatch.setattr(CpuDevice, "graph_runner", lambda self: runner)
-    monkeypatch.setattr(CpuRefAttention, "caps", dataclasses.replace(CpuRefAttention.caps, graph=GraphSupport.ANY))
-    padded = LLM(checkpoint("qwen3"), **options).generate(prompts, params, use_tqdm=False)
-    assert [o.outputs[0].token_ids for o in padded] == [o.outputs[0].token_ids for o in plain]
-    assert {GraphKey(0, 8, 64), GraphKey(1, 4, 4)} <= set(runner.used)
+def test_keys_are_cut_to_the_largest_step():
+    any_ = {"attention": GraphSupport.ANY}
+    assert GraphDispatcher(KEYS, any_, 5, 20).keys == (
+        GraphKey(0, 5, 20),
+        GraphKey(2, 4, 8),
+        GraphKey(1, 5, 5),
+        GraphKey(1, 4, 4),
+    )
+    dispatcher = GraphDispatcher([GraphKey(1, 8, 8), GraphKey(2, 8, 16)], any_, 64, 3)
+    assert dispatcher.keys == (GraphKey(1, 3, 3), GraphKey(2, 1, 2))
+    dispatcher.forget(GraphKey(1, 3, 3))
+    assert dispatcher.pick(1, 1, 1) is None

@@ -59,7 +59,14 @@ class GraphRunner(ABC):
     def run(self, key: GraphKey | None, work: Callable[[], Any]) -> Any:
         """Run `work`, or its captured form for `key`; None: eagerly.
 
-        For one key, `work` reads and writes the same addresses every time.
+        For one key, `work` reads and writes the same addresses every time. The result of a captured form is
+        overwritten by the next run with the same key.
+        """
+
+    def capture(self, key: GraphKey, work: Callable[[], Any]) -> None:
+        """Prepare `run` for this key, before anything is served: largest keys first. Raises if it cannot be done.
+
+        `work` may be run any number of times; it computes on padding. The default prepares nothing.
         """
 
 
@@ -119,7 +126,7 @@ class Device(ABC):
         return HostCopy([tensor.to("cpu", copy=True) for tensor in tensors])
 
     def peak_memory(self, work: Callable[[], Any]) -> int:
-        """Bytes that `work` needs for a while, beyond what is held before and after it; it is run to measure them.
+        """Bytes that `work` needs for a while, beyond what is held after it; it is run to measure them.
 
         The default runs nothing and answers 0: the host's memory grows as it is needed.
         """

@@ -116,8 +116,8 @@ def build_tokenizer(config: ResolvedConfig) -> Tokenizer:
     return Tokenizer(config.checkpoint.folder, config.checkpoint.generation_config, template, timeout)
 
 
-def build_model(config: ResolvedConfig, host: PluginHost, progress: Progress | None = None) -> CausalLM:
-    """Load the model onto the device."""
+def build_layers(config: ResolvedConfig, host: PluginHost) -> PluginLayers:
+    """Where the model's layers get their operations and quantized forms from."""
     device = config.device.torch_device()
     op_sets = [
         (
@@ -126,10 +126,17 @@ def build_model(config: ResolvedConfig, host: PluginHost, progress: Progress | N
         )
         for choice in config.op_sets
     ]
-    layers = PluginLayers(op_sets, config.ops, _quantization(config, host))
+    return PluginLayers(op_sets, config.ops, _quantization(config, host))
+
+
+def build_model(
+    config: ResolvedConfig, host: PluginHost, progress: Progress | None = None, layers: PluginLayers | None = None
+) -> CausalLM:
+    """Load the model onto the device."""
+    layers = layers or build_layers(config, host)
     init = ModelInit(
         config=config.model_config,
-        device=device,
+        device=config.device.torch_device(),
         dtype=config.dtype,
         max_model_len=config.max_model_len,
         layers=layers,

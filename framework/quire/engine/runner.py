@@ -8,14 +8,14 @@ from step to step through the device's own table of tokens (`RowTable`).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from quire.contract.attention import AttentionBackend, KVCaches
+from quire.contract.attention import AttentionBackend, GraphSupport, KVCaches
 from quire.contract.device import Device, GraphKey, HostCopy
 from quire.contract.kv import BlockCopy
 from quire.contract.model import CausalLM, StepContext
@@ -37,12 +37,12 @@ DELTA_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class RunnerParts:
-    """What a runner works with."""
+    """What a runner works with. `graph_support`: component -> the graphs that it can run in."""
 
     model: CausalLM
     backend: AttentionBackend
     device: Device
-    kv: tuple[KVCaches, ...]
+    graph_support: Mapping[str, GraphSupport]
     pipeline: SamplingPipeline
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -121,7 +121,33 @@ class Runner:
         self._staging = Staging(parts.device, room, shared=device.type == "cpu" and not keys)
         self._rows = RowTable(parts.max_num_seqs, parts.max_model_len, parts.block_size, device)
         self._builder = BatchBuilder(self._rows, self._staging, parts.max_num_batched_tokens, parts.block_size)
-        self._dispatcher = GraphDispatcher(keys, {"attention": parts.backend.caps.graph})
+        self._dispatcher = GraphDispatcher(keys, parts.graph_support, parts.max_num_seqs, parts.max_num_batched_tokens)
+        self._kv: tuple[KVCaches, ...] = ()
+
+    @property
+    def dispatcher(self) -> GraphDispatcher:
+        """Chooses the size that a step is padded to."""
+        return self._dispatcher
+
+    def attach(self, kv: tuple[KVCaches, ...]) -> None:
+        """Use these caches from now on, indexed by layer id."""
+        self._kv = kv
+
+    @torch.inference_mode()
+    def capture(self, key: GraphKey) -> None:
+        """Have the device capture the steps of this size. Raises whatever it fails with."""
+        self._graphs.capture(key, self._forward_work(self._padding(key)))
+
+    @torch.inference_mode()
+    def rehearse(self, key: GraphKey) -> None:
+        """Run a step of padding, at its largest: every row is sampled, none greedily."""
+        slots = list(range(key.num_reqs))
+        hidden = self._forward_work(self._padding(key))()
+        columns = self._parts.pipeline.columns(slots, [0] * len(slots))
+        warm = replace(columns, temperature=np.ones(len(slots), dtype=np.float32))
+        batch = warm.batch(lambda array: torch.from_numpy(array).to(hidden.device))
+        logits = self._parts.model.logits(hidden[: len(slots)])
+        self._parts.pipeline.run(logits, slots, [0] * len(slots), self._rows.token_ids, batch)
 
     @torch.inference_mode()
     def launch(self, schedule: Schedule) -> Launched:
@@ -180,7 +206,7 @@ class Runner:
 
     def _copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """In order: a block may be the destination of one copy and the source of a later one."""
-        for caches in self._parts.kv:
+        for caches in self._kv:
             for cache in caches:
                 for copy in copies:
                     cache[copy.dst].copy_(cache[copy.src])
@@ -210,11 +236,21 @@ class Runner:
         return _Sampling(slots, lengths, columns.batch(self._staging.put), self._staging.put(places))
 
     def _forward(self, inputs: StepInputs, key: GraphKey | None) -> Tensor:
+        hidden: Tensor = self._graphs.run(key, self._forward_work(inputs))
+        return hidden
+
+    def _forward_work(self, inputs: StepInputs) -> Callable[[], Tensor]:
+        """What a graph captures of a step. Planning stands before it: it may look at the host's lengths."""
         parts = self._parts
         plan = parts.backend.plan(inputs.attention)
-        ctx = StepContext(parts.backend, inputs.attention, plan, parts.kv)
-        hidden: Tensor = self._graphs.run(key, lambda: parts.model.forward(inputs.input_ids, inputs.positions, ctx))
-        return hidden
+        ctx = StepContext(parts.backend, inputs.attention, plan, self._kv)
+        return lambda: parts.model.forward(inputs.input_ids, inputs.positions, ctx)
+
+    def _padding(self, key: GraphKey) -> StepInputs:
+        self._staging.begin()
+        staged = self._builder.stage((), key)
+        self._staging.send()
+        return self._builder.inputs(staged)
 
     def _sample(self, sampling: _Sampling, hidden: Tensor, inputs: StepInputs) -> SamplingResult | None:
         if not sampling.slots:
