@@ -144,9 +144,9 @@ def test_what_cannot_run_inside_a_graph_is_named(make, caplog):
 
 
 def test_what_steps_take_is_left_out_of_the_pool(make, monkeypatch):
-    roomy, _ = make(num_kv_blocks=None)
+    roomy, _ = make(num_kv_blocks=None, max_num_seqs=40, max_num_batched_tokens=40)
     monkeypatch.setattr(GraphedDevice, "peak", 300_000)
-    tight, _ = make(num_kv_blocks=None)
+    tight, _ = make(num_kv_blocks=None, max_num_seqs=40, max_num_batched_tokens=40)
     taken = roomy.engine.parts.executor.kv_budget().free_bytes, tight.engine.parts.executor.kv_budget().free_bytes
     assert taken == ((1 << 20) - 600_000,) * 2, "twice: the largest step, and the graphs"
     assert tight.engine.parts.num_kv_blocks < roomy.engine.parts.num_kv_blocks

@@ -20,7 +20,10 @@ class StepStats:
         prefix_query_tokens: total tokens looked up in the prefix cache. prefix_hit_tokens: total found.
         num_preemptions: total. num_finished: requests that ended in this step.
         schedule_s, build_s, forward_s, sample_s, update_s: where the host's time went.
-        wait_s: how long it waited for the device.
+        token_gaps: (seconds since the step that gave a sequence its tokens before, number of such sequences).
+        wait_s: how long the host waited for the device.
+
+    Totals count from 0 again when the engine's process has been replaced.
     """
 
     step_id: int
@@ -41,6 +44,7 @@ class StepStats:
     forward_s: float
     sample_s: float
     update_s: float
+    token_gaps: tuple[tuple[float, int], ...] = ()
     wait_s: float = 0.0
 
 

@@ -206,8 +206,9 @@ class Engine:
         result = self._result(flight)
         landed = time.perf_counter()
         updates = parts.scheduler.update(flight.schedule, result)
+        gaps = parts.metrics.token_gaps(updates)  # before anything forgets a sequence that has ended
         deltas = self._emission.process(updates)
-        times = StepTimes(flight.schedule_s, time.perf_counter() - landed)
+        times = StepTimes(flight.schedule_s, time.perf_counter() - landed, gaps)
         self._report(step_stats(flight.schedule, result, updates, times, parts.scheduler, parts.allocator))
         parts.metrics.updated(updates)
         return deltas

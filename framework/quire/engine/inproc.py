@@ -31,12 +31,19 @@ class _Collected(Future[StepResult]):
         self._collect = collect
 
     def result(self, timeout: float | None = None) -> StepResult:
+        self._settle()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._settle()
+        return super().exception(timeout)
+
+    def _settle(self) -> None:
         if not self.done():
             try:
                 self.set_result(self._collect())
             except Exception as error:
                 self.set_exception(error)
-        return super().result(timeout)
 
 
 class InprocExecutor(Executor):
@@ -52,6 +59,7 @@ class InprocExecutor(Executor):
         self._model: CausalLM | None = None
         self._runner: Runner | None = None
         self._backend: AttentionBackend | None = None
+        self._has_caches = False
 
     def start(self) -> None:
         config = self._config
@@ -105,8 +113,11 @@ class InprocExecutor(Executor):
         runner = self._started()
         runner.attach(self._make_caches(num_blocks))
         capture_graphs(runner, self._device)
+        self._has_caches = True
 
     def step(self, schedule: Schedule) -> Future[StepResult]:
+        if (reason := self.health()) is not None:
+            raise EngineError(reason)
         runner = self._started()
         try:
             launched = runner.launch(schedule)
@@ -117,10 +128,13 @@ class InprocExecutor(Executor):
         return _Collected(lambda: runner.collect(launched))
 
     def health(self) -> str | None:
-        return None if self._runner is not None else "the executor has not been started, or was shut down"
+        if self._runner is None:
+            return "the executor has not been started, or was shut down"
+        return None if self._has_caches else "the executor has no KV caches yet"
 
     def shutdown(self) -> None:
         self._runner = self._model = self._backend = None
+        self._has_caches = False
 
     def _started(self) -> Runner:
         if self._runner is None:

@@ -40,6 +40,8 @@ class ContinuousScheduler(Scheduler):
         super().__init__(init)
         self._allocator, self._policy = init.allocator, init.policy
         self._waiting = WaitingQueue(init.policy, init.clock)
+        # Tokens that the whole pool can hold for one request.
+        self._capacity = init.allocator.stats().total * init.allocator.init.block_size
         self._running: dict[str, Request] = {}
         self._requests: dict[str, Request] = {}
         self._free_slots = list(range(init.max_num_seqs - 1, -1, -1))
@@ -55,7 +57,7 @@ class ContinuousScheduler(Scheduler):
     def add(self, request: Request) -> None:
         if request.request_id in self._requests:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
-        room = self._capacity()
+        room = self._capacity
         if request.num_prompt_tokens >= room:
             raise RequestError(
                 f"the prompt has {request.num_prompt_tokens:,} tokens; the KV cache holds {room:,}, prompt and output",
@@ -287,7 +289,7 @@ class ContinuousScheduler(Scheduler):
             request.stop_reason = token if token in request.params.stop_token_ids else None
             return FinishReason.STOP
         known = request.num_prompt_tokens + request.num_output_tokens
-        limit = min(self.init.max_model_len, self._capacity())
+        limit = min(self.init.max_model_len, self._capacity)
         if request.num_output_tokens >= request.max_tokens or known >= limit:
             return FinishReason.LENGTH
         return None
@@ -324,10 +326,6 @@ class ContinuousScheduler(Scheduler):
         self._released.append(request.slot)
         self._free_slots.append(request.slot)
         request.slot = -1
-
-    def _capacity(self) -> int:
-        """Tokens that the whole pool can hold for one request."""
-        return self._allocator.stats().total * self._allocator.init.block_size
 
     def _view(self) -> SchedulerView:
         stats = self._allocator.stats()
