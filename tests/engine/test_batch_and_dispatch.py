@@ -187,5 +187,6 @@ def test_keys_are_cut_to_the_largest_step():
     )
     dispatcher = GraphDispatcher([GraphKey(1, 8, 8), GraphKey(2, 8, 16)], any_, 64, 3)
     assert dispatcher.keys == (GraphKey(1, 3, 3), GraphKey(2, 1, 2))
+    assert GraphDispatcher([GraphKey(0, 64, 16)], any_, 32, 99).keys == (GraphKey(0, 16, 16),)
     dispatcher.forget(GraphKey(1, 3, 3))
     assert dispatcher.pick(1, 1, 1) is None

@@ -150,6 +150,7 @@ def test_what_steps_take_is_left_out_of_the_pool(make, monkeypatch):
     taken = roomy.engine.parts.executor.kv_budget().free_bytes, tight.engine.parts.executor.kv_budget().free_bytes
     assert taken == ((1 << 20) - 600_000,) * 2, "twice: the largest step, and the graphs"
     assert tight.engine.parts.num_kv_blocks < roomy.engine.parts.num_kv_blocks
+    assert tokens(tight) == tokens(roomy), "asking for the budget again must leave the caches alone"
     with pytest.raises(OutOfMemory, match="40 KV blocks"):
         make(num_kv_blocks=40, block_size=64)
 

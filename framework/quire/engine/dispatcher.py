@@ -59,10 +59,10 @@ class GraphDispatcher:
 
 
 def _clipped(key: GraphKey, max_num_reqs: int, max_num_tokens: int) -> GraphKey:
-    """The key cut to the largest step; a uniform one to whole rows."""
-    num_reqs = min(key.num_reqs, max_num_reqs)
+    """The key cut to the largest step; a uniform one to whole rows, a mixed one to a token per row at least."""
     length = key.uniform_query_len
     if not length:
-        return GraphKey(0, num_reqs, min(key.num_tokens, max_num_tokens))
-    num_reqs = min(num_reqs, max_num_tokens // length)
+        num_tokens = min(key.num_tokens, max_num_tokens)
+        return GraphKey(0, min(key.num_reqs, max_num_reqs, num_tokens), num_tokens)
+    num_reqs = min(key.num_reqs, max_num_reqs, max_num_tokens // length)
     return GraphKey(length, num_reqs, num_reqs * length)

@@ -96,7 +96,8 @@ class InprocExecutor(Executor):
         )
         config, runner = self._config, self._started()
         largest = GraphKey(0, min(config.max_num_seqs, config.max_num_batched_tokens), config.max_num_batched_tokens)
-        runner.attach(self._make_caches(1))  # the null block is all that padding needs
+        if not self._has_caches:
+            runner.attach(self._make_caches(1))  # the null block is all that padding needs
         try:
             peak = peak_bytes(runner, self._device, largest)
         except (torch.OutOfMemoryError, MemoryError) as error:

@@ -198,8 +198,8 @@ class SamplingPipeline:
         low, high = torch.aminmax(logits, dim=-1)
         finite = high - low < math.inf
         wanted = tuple(row for row, slot in enumerate(slots) if slot in self._num_logprobs)
-        chosen = self._index(wanted)
-        raw = logits.index_select(0, chosen) if wanted else None  # a copy: the processors come next
+        chosen = self._index(wanted) if wanted else None
+        raw = None if chosen is None else logits.index_select(0, chosen)  # a copy: the processors come next
         has_processed = self._process(logits, slots, num_tokens, token_ids)
         # A row that lost every token to the processors has failed, for whatever it draws is forbidden.
         empty = logits.amax(-1) == -math.inf if has_processed else None
@@ -210,7 +210,9 @@ class SamplingPipeline:
         # The next step reads the token, whatever is wrong with the row.
         tokens = outcome.clamp(0, logits.shape[1] - 1)
         counts = tuple(self._num_logprobs[slots[row]] for row in wanted)
-        figures = None if raw is None else logprob_figures(raw, tokens.index_select(0, chosen).long(), counts)
+        figures = None
+        if raw is not None and chosen is not None:
+            figures = logprob_figures(raw, tokens.index_select(0, chosen).long(), counts)
         failed = tuple(self._failed.get(slot) for slot in slots)
         return SamplingResult(tokens, outcome, figures, wanted, counts, failed)
 
