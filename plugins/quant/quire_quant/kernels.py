@@ -124,7 +124,7 @@ class Int4Pack(Kernel):
         scales, zeros = codes.scales.float(), codes.zero_points() + shift
         both = torch.stack([scales, (8.0 - zeros) * scales], -1).to(spec.dtype)  # [N, G, 2]
         both = both.repeat_interleave(codes.form.group_size // size, 1).transpose(0, 1).contiguous()
-        data = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.codes.to(torch.int32) + shift, 1)
+        data = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.codes.to(torch.int32).add_(shift), 1)
         return data, both, size
 
     def multiply(self, x: Tensor, state: tuple[Tensor, Tensor, int], bias: Tensor | None, spec: LinearSpec) -> Tensor:

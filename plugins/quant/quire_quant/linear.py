@@ -116,11 +116,27 @@ class CheckpointMethod(QuantMethod):
         super().__init__(init)
         self.options: KernelOptions = init.options or KernelOptions()
         self.kernels: dict[str, tuple[str, str]] = {}
+        self._told: set[str] = set()
         refuse_experts(name for name in init.stored if name.endswith(f".{self.marker}"))
 
     def is_quantized(self, source: LinearSpec) -> bool:
         """Whether the checkpoint stores the layer in quantized form."""
         return f"{source.name}.{self.marker}" in self.init.stored
+
+    def form_of(self, source: LinearSpec) -> str:
+        """What has to be alike in quantized layers for them to be fused."""
+        return "quantized"
+
+    def may_fuse(self, sources: tuple[LinearSpec, ...]) -> bool:
+        """Only layers of one form; says which are not."""
+        forms = {s.name: self.form_of(s) if self.is_quantized(s) else "unquantized" for s in sources}
+        if len(set(forms.values())) == 1:
+            return True
+        each = "; ".join(f"{name.rpartition('.')[2]}: {form}" for name, form in forms.items())
+        if each not in self._told:
+            self._told.add(each)
+            logger.warning("%s and where else it is so: not fused, as forms differ: %s", sources[0].name, each)
+        return False
 
     def report(self, spec: LinearSpec, kernel: Kernel, reason: str) -> None:
         """Note which kernel a layer got, and why."""
