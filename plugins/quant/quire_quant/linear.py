@@ -28,6 +28,10 @@ class KernelOptions(BaseModel):
     """Kernel for every quantized layer; auto: for each layer the first that serves it."""
 
 
+SHAPES = ((256, 96), (384, 32), (128, 1504))
+"""(inputs, outputs) of the conformance kit's layers: whole words and groups of 128."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Some of a fused layer's outputs, packed; `perm` is the order of inputs that its columns are in."""
