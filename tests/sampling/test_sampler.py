@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from quire.sampling.philox import philox, uniform
+from quire.sampling.philox import philox, seeded_uniform
 from quire.sampling.sampler import TorchSampler, candidate_weights
 from quire.testing.sampler import SamplerConformance
 
@@ -57,7 +57,7 @@ def test_philox_equals_scalar_on_random_input():
 def test_uniform_is_what_the_module_documents():
     seeds, positions = torch.tensor([5, -1, 2**62]), torch.tensor([0, 3, 2**40])
     for seed, position, ours in zip(
-        seeds.tolist(), positions.tolist(), uniform(seeds, positions).tolist(), strict=True
+        seeds.tolist(), positions.tolist(), seeded_uniform(seeds, positions).tolist(), strict=True
     ):
         seed %= 2**64
         x0, x1, *_ = scalar_philox((position & MASK, position >> 32, 0, 0), (seed & MASK, seed >> 32))
@@ -65,7 +65,7 @@ def test_uniform_is_what_the_module_documents():
 
 
 def test_uniform_is_uniform():
-    draws = uniform(torch.arange(50_000) % 100, torch.arange(50_000) // 100)
+    draws = seeded_uniform(torch.arange(50_000) % 100, torch.arange(50_000) // 100)
     counts = torch.histc(draws, 20, 0, 1)
     chi_square = ((counts - 2500) ** 2 / 2500).sum()
     assert chi_square < 50  # 19 degrees of freedom: exceeded once in ten thousand seeds

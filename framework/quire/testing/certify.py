@@ -26,7 +26,7 @@ from quire.contract.ops import OpInit
 from quire.contract.provider import Provider
 from quire.errors import ConfigError
 from quire.registry import HostOptions, PluginHost, build_host
-from quire.testing.tiny_models import ARCHITECTURES
+from quire.testing.tiny_models import ARCHITECTURES, architecture_of
 
 Verdict = Literal["certified", "failed", "not run"]
 
@@ -58,10 +58,6 @@ def _with_scheduler(host: PluginHost, provider: Provider) -> Mapping[str, Any]:
     }
 
 
-def _with_model(host: PluginHost, provider: Provider) -> Mapping[str, Any]:
-    return {"architecture": provider.name, "parts": (host.load("attention", "cpu_ref"), host.load("op", "torch"))}
-
-
 def _kit(name: str, kit: str, fixture: str, **more: Any) -> Kit:
     return Kit(f"quire.testing.{name}:{kit}Conformance", fixture, **more)
 
@@ -76,7 +72,7 @@ KITS: Mapping[str, Kit] = MappingProxyType(
         "logits_processor": _kit("logits_processor", "LogitsProcessor", "processor_class", needs=("active_params",)),
         "quantization": _kit("quantization", "Quantization", "method_class"),
         "op": _kit("op", "Op", "op_set"),
-        "model": _kit("model", "Model", "spec", others=_with_model),
+        "model": _kit("model", "Model", "spec"),
         "output_parser": _kit("output_parser", "OutputParser", "parser_class", needs=("samples",)),
         "metrics_sink": _kit("metrics_sink", "MetricsSink", "sink_class"),
         "device": _kit("device", "Device", "device_class"),
@@ -142,9 +138,9 @@ def why_not(host: PluginHost, provider: Provider) -> str:
     kit = KITS.get(provider.point)
     if kit is None:
         return "the point has no kit"
-    if provider.point == "model" and provider.name not in ARCHITECTURES:
-        return f"the kit can make checkpoints of {', '.join(ARCHITECTURES)} only"
     target = host.load(provider.point, provider.name)
+    if provider.point == "model" and architecture_of(target) is None:
+        return f"the kit can make checkpoints of {', '.join(ARCHITECTURES)} only"
     given = getattr(target, "conformance", {})
     needs = ("sample",) if provider.point == "quantization" and target.checkpoint_names else kit.needs
     missing = [name for name in needs if name not in given]
