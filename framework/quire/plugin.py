@@ -19,7 +19,7 @@ from quire.contract.attention import (
     head_norm,
     split_qkv,
 )
-from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, MemoryInfo
+from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, HostCopy, MemoryInfo
 from quire.contract.executor import Executor, ExecutorInit, KVBudget
 from quire.contract.kv import NULL_BLOCK, Allocation, BlockCopy, KVAllocator, KVInit, KVStats, PrefixHit, PrefixQuery
 from quire.contract.metrics import MetricsInit, MetricsSink, RequestStats, StepStats
@@ -116,6 +116,7 @@ __all__ = [
     "GraphRunner",
     "GraphSupport",
     "HeadNorm",
+    "HostCopy",
     "HostInfo",
     "KVAllocator",
     "KVBudget",

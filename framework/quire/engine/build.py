@@ -121,8 +121,8 @@ def build_tokenizer(config: ResolvedConfig) -> Tokenizer:
     return Tokenizer(config.checkpoint.folder, config.checkpoint.generation_config, template, timeout)
 
 
-def build_model(config: ResolvedConfig, host: PluginHost, progress: Progress | None = None) -> CausalLM:
-    """Load the model onto the device."""
+def build_layers(config: ResolvedConfig, host: PluginHost) -> PluginLayers:
+    """Where the model's layers get their operations and quantized forms from."""
     device = config.device.torch_device()
     op_sets = [
         (
@@ -132,10 +132,17 @@ def build_model(config: ResolvedConfig, host: PluginHost, progress: Progress | N
         for choice in config.op_sets
     ]
     operations = Operations(op_sets, config.ops)
-    layers = PluginLayers(operations, _quantization(config, host, operations))
+    return PluginLayers(operations, _quantization(config, host, operations))
+
+
+def build_model(
+    config: ResolvedConfig, host: PluginHost, progress: Progress | None = None, layers: PluginLayers | None = None
+) -> CausalLM:
+    """Load the model onto the device."""
+    layers = layers or build_layers(config, host)
     init = ModelInit(
         config=config.model_config,
-        device=device,
+        device=config.device.torch_device(),
         dtype=config.dtype,
         max_model_len=config.max_model_len,
         layers=layers,
@@ -200,6 +207,9 @@ def _parts(front: Front, host: PluginHost, executor: Executor, blocks: int) -> E
             max_model_len=config.max_model_len,
             clock=clock,
             options=options,
+            needs_host_tokens=lambda params: any(
+                choice.target.needs_host_tokens(params) for choice in config.processors
+            ),
         ),
     )
     sinks = [

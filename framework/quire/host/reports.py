@@ -85,9 +85,11 @@ class Selection:
         """An instance of the target. Raises PluginError that names it, or what was meant for the user."""
         try:
             return self.target(init)
-        except QuireError:
+        except (QuireError, MemoryError):
             raise
         except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError":  # torch's, which is told as what did not fit
+                raise
             raise PluginError(
                 f"{self.provider.point} {self.provider.name!r} of plugin {self.plugin!r} could not be made: "
                 f"{type(error).__name__}: {error}",
