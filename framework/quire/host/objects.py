@@ -6,7 +6,7 @@ import importlib
 import inspect
 from typing import Any
 
-from quire.contract.provider import POINTS
+from quire.contract.provider import Point
 
 
 def is_path(text: object) -> bool:
@@ -26,12 +26,12 @@ def import_object(path: str) -> Any:
     return found
 
 
-def why_not_a(point: str, obj: Any) -> list[str]:
+def why_not_a(point: Point, obj: Any) -> list[str]:
     """Reasons why an object does not implement the point's base; empty if it does.
 
     A point with an abstract base wants a subclass without abstract methods, any other an instance.
     """
-    base = import_object(POINTS[point].base)
+    base = import_object(point.base)
     if not inspect.isabstract(base):
         return [] if isinstance(obj, base) else [f"its target is not an instance of {base.__name__}"]
     if not isinstance(obj, type) or not issubclass(obj, base):
