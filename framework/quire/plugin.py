@@ -19,7 +19,7 @@ from quire.contract.attention import (
     head_norm,
     split_qkv,
 )
-from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, MemoryInfo
+from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, HostCopy, MemoryInfo
 from quire.contract.executor import Executor, ExecutorInit, KVBudget
 from quire.contract.kv import NULL_BLOCK, Allocation, BlockCopy, KVAllocator, KVInit, KVStats, PrefixHit, PrefixQuery
 from quire.contract.metrics import MetricsInit, MetricsSink, RequestStats, StepStats
@@ -36,6 +36,8 @@ from quire.contract.ops import (
     OpInit,
     OpSet,
     OpSpec,
+    QuantLinearOp,
+    QuantLinearSpec,
     RMSNormOp,
     RMSNormSpec,
     elementwise,
@@ -114,6 +116,7 @@ __all__ = [
     "GraphRunner",
     "GraphSupport",
     "HeadNorm",
+    "HostCopy",
     "HostInfo",
     "KVAllocator",
     "KVBudget",
@@ -149,6 +152,8 @@ __all__ = [
     "QKVStep",
     "QuantInit",
     "QuantLinear",
+    "QuantLinearOp",
+    "QuantLinearSpec",
     "QuantMethod",
     "QuantTensor",
     "QuireError",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 from quire.cli.app import app
+from quire.scaffold import new_plugin, points
 from typer.testing import CliRunner
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples" / "plugins").glob("quire-*"))
 
 
 def install(repository, site):
@@ -50,19 +54,23 @@ def run():
 
 
 @pytest.fixture(scope="session")
-def installer():
-    return install
+def written(tmp_path_factory):
+    """A folder with a new repository per point, and `site`, where these and the examples are installed."""
+    root = tmp_path_factory.mktemp("written")
+    for point in points():
+        new_plugin(point, f"my-{point}", root / point, license="MIT", holder="Ada Example", year=2026)
+        install(root / point, root / "site")
+    for example in EXAMPLES:
+        install(example, root / "site")
+    return root
 
 
 @pytest.fixture
 def quire():
-    """Runs the program in this process; (exit code, stdout, stderr). Its log is put back as it was."""
-    logger = logging.getLogger("quire")
-    before = logger.handlers[:], logger.level, logger.propagate
+    """Runs the program in this process; (exit code, stdout, stderr)."""
 
     def call(*arguments):
         result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="quire")
         return result.exit_code, result.stdout, result.stderr
 
-    yield call
-    logger.handlers[:], logger.level, logger.propagate = before
+    return call

@@ -25,30 +25,9 @@ POINTS_WITH_TEMPLATES = [
 PROJECT = {"license": "MIT", "holder": "Ada Example", "year": 2026}
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory, installer):
-    """A folder with one repository per point, named like it, and `site`, where all of them are installed."""
-    root = tmp_path_factory.mktemp("written")
-    for point in POINTS_WITH_TEMPLATES:
-        new_plugin(point, f"my-{point}", root / point, **PROJECT)
-        installer(root / point, root / "site")
-    return root
-
-
 def test_the_points_with_templates():
     assert set(points()) == set(POINTS_WITH_TEMPLATES)
     assert licenses() == ["Apache-2.0", "MIT"]
-
-
-def test_own_tests_pass_as_generated(written, run):
-    """All in one process, as a loaded interpreter is most of the cost."""
-    files = [f"{point}/tests/test_plugin.py" for point in POINTS_WITH_TEMPLATES]
-    for file in files:
-        lines = (written / file).read_text().splitlines()
-        assert len([line for line in lines if "import" not in line and line]) <= 5
-    options = ("-q", "-x", "--import-mode=importlib", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir=.")
-    shown = run("-m", "pytest", *options, *files, cwd=written, site=written / "site")
-    assert int(re.search(r"(\d+) passed", shown)[1]) > 100
 
 
 def test_all_are_found_and_offer_what_they_are_named_for(written, monkeypatch):
