@@ -42,7 +42,7 @@ MISTAKES = {
     "misspelt class": (INIT, ":MineAttention", ":MineAtention", BY_NAME, "did you mean 'MineAttention'?"),
     "misspelt module": (INIT, ".attention:Mine", ".atention:Mine", BY_NAME, "correct the path"),
     "target without a colon": (INIT, "attention:Mine", "attention.Mine", BY_NAME, "'package.module:attribute'"),
-    "another API version": (INIT, "api=1", "api=2", BY_NAME, "needs API version 2"),
+    "another API version": (INIT, "api=1", "api=2", BY_NAME, "serves 1; pip install --upgrade quire"),
     "no API version": (INIT, "        api=1,\n", "", BY_NAME, "missing 1 required positional argument: 'api'"),
     "misspelt point": (INIT, '"attention"', '"atention"', BY_NAME, "did you mean 'attention'?"),
     "misspelt options": (INIT, ":MineOptions", ":MineOption", BY_NAME, "did you mean 'MineOptions'?"),

@@ -12,13 +12,16 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from quire.contract.provider import POINTS, Provider
+from quire.contract.provider import Point, Provider
 from quire.errors import ConfigError
 from quire.host.objects import first_line, import_object, why_not_a, why_not_imported
 from quire.host.options import owner_of, validated
 from quire.host.reports import Candidate, PluginReport, Rejection, Selection
 from quire.host.sources import CORE, why_not_found
 from quire.host.suggest import suggest
+from quire.host.trace import Step
+from quire.host.trace import logger as trace
+from quire.host.versions import adapted
 
 AUTO = "auto"
 
@@ -27,9 +30,10 @@ Check = Callable[[Any], Sequence[str]]
 
 
 class Catalog:
-    """The providers of all loaded plugins."""
+    """The providers of all loaded plugins; `points` are the extension points that the host serves."""
 
-    def __init__(self) -> None:
+    def __init__(self, points: Mapping[str, Point]) -> None:
+        self.points = points
         self.reports: dict[str, PluginReport] = {}
 
     def providers(self, point: str) -> list[tuple[Provider, str]]:
@@ -38,8 +42,8 @@ class Catalog:
         Raises:
             ConfigError: there is no such point.
         """
-        if point not in POINTS:
-            raise ConfigError(f"{point!r} is not an extension point", remedy=suggest(point, POINTS))
+        if point not in self.points:
+            raise ConfigError(f"{point!r} is not an extension point", remedy=suggest(point, self.points))
         found = [pair for pair in self._owned() if pair[0].point == point]
         return sorted(found, key=lambda pair: (-pair[0].priority, pair[0].name, pair[1]))
 
@@ -62,6 +66,7 @@ class Catalog:
         for position, (provider, plugin) in enumerate(candidates):
             target, reasons = self._try(provider, device_type, check)
             if not reasons:
+                trace.debug("select %s (%s): %s:%s", point, wanted, plugin, provider.name)
                 rest = tuple((other.name, owner) for other, owner in candidates[position + 1 :])
                 return Selection(provider, plugin, target, tuple(rejected), rest)
             rejected.append(Rejection(provider, plugin, reasons))
@@ -151,16 +156,25 @@ class Catalog:
 
     def _try(self, provider: Provider, device_type: str | None, check: Check | None) -> tuple[Any, tuple[str, ...]]:
         """The provider's target, and the reasons why it cannot be used."""
+        with Step(f"consider {provider.point} {provider.name!r}, priority {provider.priority}") as step:
+            target, reasons = self._target(provider, device_type, check)
+            step.result = "; ".join(reasons) or "can be used"
+        return target, reasons
+
+    def _target(self, provider: Provider, device_type: str | None, check: Check | None) -> tuple[Any, tuple[str, ...]]:
         if device_type is not None and provider.devices and device_type not in provider.devices:
             return None, (f"runs on {', '.join(sorted(provider.devices))}, not on {device_type}",)
         if reasons := _probe(provider):
             return None, reasons
         try:
-            target = import_object(provider.target)
+            with Step(f"import {provider.target}"):
+                target = import_object(provider.target)
         except (Exception, SystemExit) as error:
             return None, (f"its target {why_not_imported(provider.target, error)}",)
         try:
-            reasons = (*why_not_a(provider.point, target),)
+            point = self.points[provider.point]
+            target = adapted(target, provider.api, point)
+            reasons = (*why_not_a(point, target),)
             return target, reasons or (tuple(check(target)) if check is not None else ())
         except (Exception, SystemExit) as error:
             return None, (first_line(error),)
@@ -196,7 +210,9 @@ def _probe(provider: Provider) -> tuple[str, ...]:
     if provider.probe is None:
         return ()
     try:
-        reason = import_object(provider.probe)()
+        with Step(f"probe {provider.probe}") as step:
+            reason = import_object(provider.probe)()
+            step.result = "can run here" if reason is None else str(reason)
     except (Exception, SystemExit) as error:
         return (f"its probe failed: {first_line(error)}",)
     return () if reason is None else (str(reason),)

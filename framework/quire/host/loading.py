@@ -8,18 +8,20 @@ rejected plugin stays half registered, and a misspelt hook passes in silence.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pluggy
 
-from quire.contract.provider import POINTS, Provider
+from quire.contract.provider import Point, Provider
 from quire.facade import HostInfo
 from quire.hooks import HOOK_ARGUMENTS, HOOK_NAMES
 from quire.host.objects import first_line, is_path
 from quire.host.reports import PluginReport, PluginStatus
 from quire.host.sources import PluginSource
 from quire.host.suggest import suggest
+from quire.host.trace import Step
+from quire.host.versions import refusal
 
 RESERVED_NAMES = frozenset({"auto", "default"})
 """Names that mean something else where a provider's name is expected."""
@@ -36,16 +38,25 @@ class NotLoaded(Exception):
         self.reason = reason
 
 
-def load_plugin(manager: pluggy.PluginManager, source: PluginSource, info: HostInfo, report: PluginReport) -> None:
+def load_plugin(
+    manager: pluggy.PluginManager,
+    source: PluginSource,
+    info: HostInfo,
+    report: PluginReport,
+    points: Mapping[str, Point],
+) -> None:
     """Import and register a plugin and fill its report. Raises NotLoaded, and has changed nothing then."""
     try:
-        plugin = source.load()
+        with Step(f"import {report.label}"):
+            plugin = source.load()
     except (Exception, SystemExit) as error:
         raise NotLoaded(PluginStatus.FAILED, first_line(error)) from error
     try:
         hooks = _hooks_of(manager, plugin)
         manager.register(plugin, name=report.name)
-        report.providers = _checked(_offered(manager, plugin, info))
+        with Step(f"call quire_providers of {report.name!r}") as step:
+            report.providers = _checked(_offered(manager, plugin, info), report, points)
+            step.result = ", ".join(f"{each.point} {each.name}" for each in report.providers) or "no providers"
         report.hooks = hooks
     except (Exception, SystemExit) as error:
         # pluggy enters a plugin before it validates it, so it must be taken out again.
@@ -110,34 +121,31 @@ def _offered(manager: pluggy.PluginManager, plugin: object, info: HostInfo) -> I
     return []
 
 
-def _checked(offered: Iterable[Any]) -> tuple[Provider, ...]:
+def _checked(offered: Iterable[Any], report: PluginReport, points: Mapping[str, Point]) -> tuple[Provider, ...]:
     providers: list[Provider] = []
     for provider in offered:
-        _check(provider)
+        _check(provider, report, points)
         if any((other.point, other.name) == (provider.point, provider.name) for other in providers):
             raise NotLoaded(PluginStatus.REJECTED, f"it offers {provider.point} {provider.name!r} twice")
         providers.append(provider)
     return tuple(providers)
 
 
-def _check(provider: Any) -> None:
+def _check(provider: Any, report: PluginReport, points: Mapping[str, Point]) -> None:
     """Raise NotLoaded unless this is a well-formed provider of a contract that the host serves."""
     if not isinstance(provider, Provider):
         what = type(provider).__name__
         raise NotLoaded(
             PluginStatus.REJECTED, f"quire_providers must yield Provider objects, not {what}; {HOW_TO_OFFER}"
         )
-    label = f"{provider.point} {provider.name!r}"
-    point = POINTS.get(provider.point)
+    point = points.get(provider.point)
     if point is None:
-        reason = f"unknown extension point {provider.point!r}; {suggest(str(provider.point), POINTS)}"
+        reason = f"unknown extension point {provider.point!r}; {suggest(str(provider.point), points)}"
         raise NotLoaded(PluginStatus.INCOMPATIBLE, reason)
-    if type(provider.api) is not int or not point.oldest <= provider.api <= point.current:
-        served = f"{point.oldest}" if point.oldest == point.current else f"{point.oldest} to {point.current}"
-        reason = f"{label} needs API version {provider.api}; this host serves {served}"
+    if reason := refusal(provider, point, report):
         raise NotLoaded(PluginStatus.INCOMPATIBLE, reason)
     if problem := _malformed(provider):
-        raise NotLoaded(PluginStatus.REJECTED, f"{label}: {problem}")
+        raise NotLoaded(PluginStatus.REJECTED, f"{provider.point} {provider.name!r}: {problem}")
 
 
 def _malformed(provider: Provider) -> str:

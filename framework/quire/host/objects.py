@@ -6,7 +6,7 @@ import importlib
 import inspect
 from typing import Any
 
-from quire.contract.provider import POINTS
+from quire.contract.provider import Point
 from quire.host.suggest import suggest
 
 
@@ -44,12 +44,12 @@ def why_not_imported(path: str, error: BaseException) -> str:
     return f"{reason}; install it, and add it to the plugin's dependencies"
 
 
-def why_not_a(point: str, obj: Any) -> list[str]:
+def why_not_a(point: Point, obj: Any) -> list[str]:
     """Reasons why an object does not implement the point's base; empty if it does.
 
     A point with an abstract base wants a subclass without abstract methods, any other an instance.
     """
-    base = import_object(POINTS[point].base)
+    base = import_object(point.base)
     if not inspect.isabstract(base):
         return [] if isinstance(obj, base) else [f"its target is not an instance of {base.__name__}"]
     if not isinstance(obj, type) or not issubclass(obj, base):
