@@ -152,7 +152,7 @@ def test_the_message_names_the_mend(mistake, folder, installer, quire):
 def test_what_is_not_installed_says_how_it_would_be_found(arguments, folder, quire):
     code, _, told = quire(*arguments)
     assert code == 2
-    assert "with an entry point in the group 'quire': `pip install -e .` in its folder" in told
+    assert "with an entry point in the group 'quire'; for your own, run `pip install -e .`" in told
 
 
 def test_without_a_mistake_it_answers(folder, installer, quire):

@@ -69,8 +69,8 @@ def why_not_found(name: str) -> str:
             owner = point.dist.name if point.dist is not None else "a distribution"
             return f"{owner} has it as an entry point of the group {point.group!r}; the group must be {GROUP!r}"
     return (
-        f"a plugin is found once it is installed for {sys.executable}, with an entry point in the group {GROUP!r}: "
-        "`pip install -e .` in its folder, again after a change of pyproject.toml"
+        f"a plugin is found once it is installed for {sys.executable}, with an entry point in the group {GROUP!r}; "
+        "for your own, run `pip install -e .` in its folder, again after a change of pyproject.toml"
     )
 
 
