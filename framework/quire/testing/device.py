@@ -61,15 +61,16 @@ class DeviceConformance:
         runner = device.graph_runner()
         assert runner.run(None, lambda: 7) == 7
         x = torch.ones(2, device=device.torch_device())
-        for key in sorted(runner.keys(), key=lambda key: key.num_tokens, reverse=True):
+        keys = sorted(runner.keys(), key=lambda key: key.num_tokens, reverse=True)
+        for key in keys:
             runner.capture(key, lambda: x + 1)
             assert float(runner.run(key, lambda: x + 1).sum()) == 4.0
         x.fill_(3.0)  # the same address, another content
-        for key in runner.keys():
+        for key in keys:
             assert float(runner.run(key, lambda: x + 1).sum()) == 8.0
 
     def test_copies_to_the_host(self, device: Device) -> None:
-        """A copy brings what the device had computed when it was started, in order, on the CPU; none waits for all work.
+        """A copy brings what the device had computed when it was started, on the CPU; an empty one waits for that work.
 
         If it fails: start it behind the work of the current stream, keep the source's memory from others until it has
         ended, and let `wait` return when it has.
