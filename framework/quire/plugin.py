@@ -87,6 +87,7 @@ from quire.errors import ConfigError, EngineError, PluginError, QuireError, Requ
 from quire.facade import EngineFacade, HostInfo
 from quire.hooks import hookimpl
 from quire.params import SamplingParams
+from quire.sampling.philox import seeded_uniform
 
 __all__ = [
     "ELEMENTWISE_TILE",
@@ -192,5 +193,6 @@ __all__ = [
     "elementwise",
     "head_norm",
     "hookimpl",
+    "seeded_uniform",
     "split_qkv",
 ]

@@ -25,6 +25,9 @@ BUILT_IN_PROCESSORS = ("token_filter", "logit_bias", "min_tokens", "penalties")
 OP_DEFAULT = "default"
 """The key of `ops` that stands for all kinds that are not named."""
 
+CODES = (torch.int32, torch.float8_e4m3fn)
+"""Dtypes of matrices that hold packed codes or eight bits of a float, never a plain weight."""
+
 SECRET_WORDS = ("key", "token", "secret", "password")
 
 
@@ -181,7 +184,9 @@ def _op_overrides(
 
 
 def _quantization(config: EngineConfig, host: PluginHost, checkpoint: Checkpoint) -> Selection | None:
-    stored = checkpoint.quantization_config.get("quant_method")
+    stored = checkpoint.quant_method
+    if stored is None:
+        _refuse_codes(checkpoint)
     if config.quantization is not None:
         choice = host.select("quantization", config.quantization)
         names = choice.target.checkpoint_names
@@ -194,14 +199,33 @@ def _quantization(config: EngineConfig, host: PluginHost, checkpoint: Checkpoint
         )
     if stored is None:
         return None
+    known: set[str] = set()
 
     def check(method: Any) -> list[str]:
+        known.update(method.checkpoint_names)
         return [] if stored in method.checkpoint_names else [f"does not read {stored!r}"]
 
     try:
         return host.select("quantization", AUTO, check=check)
     except ConfigError as error:
-        raise UnsupportedModel(f"the checkpoint is quantized by {stored!r}: {error.message}") from None
+        if stored in known:
+            raise UnsupportedModel(f"the checkpoint is quantized by {stored!r}: {error.message}") from None
+        raise UnsupportedModel(
+            f"the checkpoint is quantized by {stored!r}, which no plugin reads; "
+            f"read are {', '.join(sorted(known)) or 'none'}",
+            remedy="take one of the model in such a form, or the unquantized one, which `quire quantize` makes smaller",
+        ) from None
+
+
+def _refuse_codes(checkpoint: Checkpoint) -> None:
+    """Raises UnsupportedModel if weights are quantized and nothing says how."""
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.dtype in CODES and len(tensor.shape) == 2:
+            raise UnsupportedModel(
+                f"{name} is {str(tensor.dtype).removeprefix('torch.')}, so that the checkpoint is quantized, but "
+                "config.json has no quantization_config",
+                remedy="fetch config.json, quantize_config.json or quant_config.json of the same model again",
+            )
 
 
 def _warn_unused_options(resolved: ResolvedConfig, host: PluginHost) -> None:

@@ -54,7 +54,7 @@ class QuantTensor:
         shape: as stored, for one unfused layer.
         dtype: as stored.
         out_dim: dimension that runs along the output features, so that q, k and v can be
-            concatenated along it; None: the tensor must be equal in all of them.
+            concatenated along it (a scalar with 0: one for each of them, [S]); None: the tensor must be equal in all.
         required: False if the checkpoint may lack it.
     """
 

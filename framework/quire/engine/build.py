@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from quire.config import Configured, EngineConfig, configure, core_sections, with_defaults
 from quire.config_sections import check_sections
@@ -34,6 +37,8 @@ from quire.registry import HostOptions, PluginHost, Selection, build_host
 from quire.resolve import ResolvedConfig, resolve
 from quire.sampling.pipeline import SamplingPipeline, validate_params
 from quire.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def build_engine(
@@ -163,6 +168,9 @@ def build_attention(config: ResolvedConfig, host: PluginHost, model: CausalLM) -
         options=_options(config, host, choice),
     )
     backend: AttentionBackend = choice.target(init)
+    somewhere = torch.zeros(1, 1, dtype=torch.int64)
+    if any(backend.sees(layer, somewhere, somewhere[0]) is not None for layer in init.layers):
+        logger.warning("attention %r leaves out keys on purpose: results are not the model's", choice.name)
     return backend
 
 

@@ -128,7 +128,7 @@ def _forms(config: ResolvedConfig, group_size: int) -> Iterator[tuple[str, str, 
     tensors = config.checkpoint.tensors
     stored = config.checkpoint.quantization_config
     if stored:
-        yield "as stored", str(stored.get("quant_method")), config.checkpoint.num_bytes, config.dtype
+        yield "as stored", str(config.checkpoint.quant_method), config.checkpoint.num_bytes, config.dtype
         return
     for dtype in DTYPES:
         yield _named(dtype), "", sum(math.prod(t.shape) * dtype.itemsize for t in tensors.values()), dtype

@@ -36,7 +36,7 @@ MAX_LEN = 64
 WAIT_S = 60.0
 """Longest wait for a step of an executor that works elsewhere."""
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=1)
-PROMPTS: Sequence[Sequence[int]] = (range(10, 31), (5,), range(40, 49), range(10, 27), (7, 9), range(60, 95))
+PROMPTS: Sequence[Sequence[int]] = (range(10, 32), (5,), range(40, 49), range(10, 27), (7, 9), range(60, 95))
 
 
 class ExecutorConformance:
@@ -239,8 +239,8 @@ def run_requests(
             clock=clock,
         )
     )
-    requests = {f"{index}": _request(f"{index}", prompt, clock()) for index, prompt in enumerate(PROMPTS)}
-    requests["fork"] = _request("fork", PROMPTS[0], clock(), fork_of="0")
+    requests = {"0": _request("0", PROMPTS[0], clock()), "fork": _request("fork", PROMPTS[0], clock(), fork_of="0")}
+    requests |= {f"{index}": _request(f"{index}", PROMPTS[index], clock()) for index in range(1, len(PROMPTS))}
     told: dict[str, list[float]] = {name: [] for name in requests}
     for request in requests.values():
         scheduler.add(request)

@@ -125,8 +125,9 @@ class SchedulerConformance:
         """
         simulation = self.make(scheduler_class, allocator_class, policy_class, max_num_seqs=1)
         simulation.add(make_request("patient", [1, 2, 3], 2, simulation.clock, priority=5))
-        for index in range(3_000):
-            simulation.add(make_request(f"r{index}", [index % VOCAB, 4], 2, simulation.clock, priority=0))
+        for index in range(1_000):
+            for twin in ("a", "b"):  # two in three steps of which each needs two: more than can be served
+                simulation.add(make_request(f"{index}{twin}", [index % VOCAB, 4], 2, simulation.clock, priority=0))
             for _ in range(3):
                 simulation.step()
             simulation.clock.advance(1.0)
