@@ -256,6 +256,13 @@ MUTANTS = (
     ),
     Mutant("overlap: one buffer for all steps", STAGING, "IN_FLIGHT = 2", "IN_FLIGHT = 1", BATCH),
     Mutant(
+        "overlap: a step that brings nothing is not waited for",
+        RUNNER,
+        "copy = self._parts.device.copy_to_host(tensors)",
+        "copy = self._parts.device.copy_to_host(tensors) if tensors else HostCopy(())",
+        OVERLAP,
+    ),
+    Mutant(
         "overlap: the token is not kept for the next step",
         RUNNER,
         "        self._rows.store(sampling.places, result.token_ids)\n",
