@@ -14,7 +14,7 @@ from quire.contract.attention import AttentionBackend, AttentionInit
 from quire.contract.executor import Executor, ExecutorInit
 from quire.contract.kv import KVAllocator, KVInit
 from quire.contract.metrics import MetricsInit, StepStats
-from quire.contract.model import CausalLM, ModelInit
+from quire.contract.model import CausalLM, LayerFactory, ModelInit
 from quire.contract.ops import OpInit
 from quire.contract.quant import QuantInit, QuantMethod
 from quire.contract.sampling import SamplerInit
@@ -118,6 +118,12 @@ def build_tokenizer(config: ResolvedConfig) -> Tokenizer:
 
 def build_model(config: ResolvedConfig, host: PluginHost, progress: Progress | None = None) -> CausalLM:
     """Load the model onto the device."""
+    init = model_init(config, PluginLayers(*operations_and_method(config, host)))
+    return load_model(config.checkpoint, config.spec, init, progress or TerminalProgress())
+
+
+def operations_and_method(config: ResolvedConfig, host: PluginHost) -> tuple[Operations, QuantMethod | None]:
+    """Where layers get their operations, and the method that quantizes them."""
     device = config.device.torch_device()
     op_sets = [
         (
@@ -127,10 +133,14 @@ def build_model(config: ResolvedConfig, host: PluginHost, progress: Progress | N
         for choice in config.op_sets
     ]
     operations = Operations(op_sets, config.ops)
-    layers = PluginLayers(operations, _quantization(config, host, operations))
-    init = ModelInit(
+    return operations, _quantization(config, host, operations)
+
+
+def model_init(config: ResolvedConfig, layers: LayerFactory) -> ModelInit:
+    """All that the model is built from."""
+    return ModelInit(
         config=config.model_config,
-        device=device,
+        device=config.device.torch_device(),
         dtype=config.dtype,
         max_model_len=config.max_model_len,
         layers=layers,
@@ -138,7 +148,6 @@ def build_model(config: ResolvedConfig, host: PluginHost, progress: Progress | N
         checkpoint=str(config.checkpoint.folder),
         stored_rows=config.checkpoint.stored_rows,
     )
-    return load_model(config.checkpoint, config.spec, init, progress or TerminalProgress())
 
 
 def build_attention(config: ResolvedConfig, host: PluginHost, model: CausalLM) -> AttentionBackend:
