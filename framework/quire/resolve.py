@@ -39,7 +39,8 @@ class ResolvedConfig:
         config: what the user said. origins: field -> where its value came from.
         checkpoint: the model's files. spec: its architecture. model_config: its config, as read by the spec.
         device: the device in use. dtype: compute dtype.
-        max_model_len, max_num_seqs, max_num_batched_tokens, block_size: as in `EngineConfig`, decided.
+        max_model_len, max_num_seqs, max_num_batched_tokens, block_size, async_scheduling: as in `EngineConfig`,
+            decided.
         selected: extension point -> choice, for points with one provider in use.
         processors: the logits processors, in the order in which they run.
         op_sets: the op sets that run on the device, in the order in which they are asked.
@@ -59,6 +60,7 @@ class ResolvedConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
+    async_scheduling: bool
     selected: Mapping[str, Selection]
     processors: tuple[Selection, ...]
     op_sets: tuple[Selection, ...]
@@ -113,6 +115,7 @@ def resolve(configured: Configured, host: PluginHost, checkpoint: Checkpoint) ->
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         block_size=config.block_size,
+        async_scheduling=_async_scheduling(config, device, selected["executor"]),
         selected=selected,
         processors=tuple(host.select("logits_processor", name, device_type=device_type) for name in names),
         op_sets=op_sets,
@@ -143,6 +146,18 @@ def _max_model_len(config: EngineConfig, longest: int) -> int:
             remedy="lower it, or leave it at auto",
         )
     return config.max_model_len
+
+
+def _async_scheduling(config: EngineConfig, device: Device, executor: Selection) -> bool:
+    can_overlap = executor.target.max_in_flight >= 2
+    if config.async_scheduling == "auto":
+        return device.runs_async and can_overlap
+    if config.async_scheduling and not can_overlap:
+        raise ConfigError(
+            f"async_scheduling is on, but the executor {executor.provider.name!r} takes one step at a time",
+            remedy="leave async_scheduling at auto",
+        )
+    return config.async_scheduling
 
 
 def _op_sets(host: PluginHost, device_type: str) -> tuple[Selection, ...]:

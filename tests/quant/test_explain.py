@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 
 def test_every_layer_is_told_with_the_reason(folder, monkeypatch):
-    monkeypatch.setattr("quire.engine.explained.operations_and_method", blind(monkeypatch))
+    monkeypatch.setattr("quire.engine.explained.build_layers", blind(monkeypatch))
     answer = json.loads(explain(["-m", str(folder), "--json"]).stdout)
     assert [row["name"] for row in answer["candidates"] if row["chosen"]] == ["gptq"]
     layers = {row["layers"].removeprefix("model.layers.*."): row for row in answer["layers"]}
@@ -57,14 +57,14 @@ def test_every_layer_is_told_with_the_reason(folder, monkeypatch):
 
 def blind(monkeypatch):
     """From here on no tensor can be read."""
-    from quire.engine.build import operations_and_method
+    from quire.engine.build import build_layers
 
     def refuse(*arguments):
         raise AssertionError("a tensor was read")
 
     def wrapped(config, host):
         monkeypatch.setattr("quire.loader.load.read_tensors", refuse)
-        return operations_and_method(config, host)
+        return build_layers(config, host)
 
     return wrapped
 

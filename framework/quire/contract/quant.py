@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from quire.contract.attention import GraphSupport
 from quire.contract.ops import LinearSpec, OpSpec
 from quire.errors import ConfigError
 
@@ -66,6 +67,9 @@ class QuantTensor:
 
 class QuantLinear(ABC):
     """The quantized form of one linear layer, or of several fused along their outputs."""
+
+    graph: ClassVar[GraphSupport] = GraphSupport.NEVER
+    """Which batches `forward` can serve inside a captured graph, as in `OpSet.graph_support`."""
 
     def __init__(self, spec: LinearSpec) -> None:
         self.spec = spec

@@ -10,8 +10,8 @@ from typing import Any
 from quire.contract.model import LayerFactory
 from quire.contract.ops import LinearSpec, OpSpec, QuantLinearSpec
 from quire.contract.quant import QuantLinear
-from quire.engine.build import model_init, operations_and_method
-from quire.layers.factory import Operations, PluginLayers
+from quire.engine.build import build_layers, model_init
+from quire.layers.factory import PluginLayers
 from quire.registry import PluginHost
 from quire.resolve import ResolvedConfig
 
@@ -37,11 +37,11 @@ class LayerChoice:
 
 def explain_layers(config: ResolvedConfig, host: PluginHost) -> list[LayerChoice]:
     """For every linear layer of a model; raises what building it raises."""
-    operations, method = operations_and_method(config, host)
-    watching = _Watching(PluginLayers(operations, method))
+    layers = build_layers(config, host)
+    watching = _Watching(layers)
     config.spec.build(model_init(config, watching))
     counts: dict[tuple[str, str, str | None, str], int] = {}
-    for choice in _choices(watching, operations):
+    for choice in _choices(watching, layers):
         counts[choice] = counts.get(choice, 0) + 1
     return [LayerChoice(name, count, form, op, why) for (name, form, op, why), count in counts.items()]
 
@@ -65,13 +65,13 @@ class _Watching(LayerFactory):
         return made
 
 
-def _choices(watching: _Watching, operations: Operations) -> Iterator[tuple[str, str, str | None, str]]:
+def _choices(watching: _Watching, layers: PluginLayers) -> Iterator[tuple[str, str, str | None, str]]:
     for spec, quant in watching.linears:
         wanted: OpSpec | None = spec if quant is None else quant.operation()
         if wanted is None:
             yield _path(spec.name), type(quant).__name__, None, ""
             continue
-        name, passed_over = operations.judge(wanted)
+        name, passed_over = layers.judge(wanted)
         yield _path(spec.name), _form(wanted), name, "; ".join(passed_over)
 
 
