@@ -6,7 +6,7 @@ import pytest
 import torch
 from quire import LLM, SamplingParams, UnsupportedModel
 from quire.plugin import LinearSpec, QuantInit
-from quire.testing.quantization import QuantizationConformance
+from quire.testing.quantization import QuantizationConformance, reference_op
 from quire.testing.tiny_models import reference_model
 from quire_quant.bits import pack
 from quire_quant.compressed import CompressedTensorsMethod
@@ -31,7 +31,9 @@ def headers(tensors, name=NAME):
 
 def dequantized(method_class, settings, tensors, outputs, inputs):
     spec = LinearSpec(inputs, outputs, False, torch.float64, name=NAME)
-    linear = method_class(QuantInit(settings, headers(tensors), CPU, torch.float64)).linear(spec, (spec,))
+    linear = method_class(QuantInit(settings, headers(tensors), CPU, torch.float64, op=reference_op)).linear(
+        spec, (spec,)
+    )
     return linear.dequantize(linear.finalize(tensors, CPU))
 
 
@@ -99,14 +101,14 @@ class TestCompressedTensors(QuantizationConformance):
         stored = {}
         for inputs, outputs, name in ((256, 96, "m.96"), (256, 32, "m.32"), *((k, n, NAME) for k, n in self.shapes)):
             stored |= headers(self.made(inputs, outputs, 0), name)
-        return QuantInit(self.config, stored, CPU, dtype)
+        return QuantInit(self.config, stored, CPU, dtype, op=reference_op)
 
     def made(self, inputs, outputs, seed):
         return compressed_tensors(random_layer(inputs, outputs, 4, 128, seed=seed), 4)
 
     def make(self, method_class, spec):
         stored = headers(self.made(spec.in_features, spec.out_features, 0), spec.name)
-        return method_class(QuantInit(self.config, stored, CPU, spec.dtype)).linear(spec, (spec,))
+        return method_class(QuantInit(self.config, stored, CPU, spec.dtype, op=reference_op)).linear(spec, (spec,))
 
     def stored(self, linear, seed):
         return self.made(linear.spec.in_features, linear.spec.out_features, seed)

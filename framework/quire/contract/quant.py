@@ -7,14 +7,20 @@ A method is one file with three verbs: `tensors` says what to read, `finalize` r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quire.contract.ops import LinearSpec
+from quire.contract.ops import LinearSpec, OpSpec
+from quire.errors import ConfigError
+
+
+def no_ops(spec: OpSpec) -> Any:
+    """Where no op sets are at hand."""
+    raise ConfigError(f"no op set serves {spec.kind}: none was given", remedy="construct the method with `op`")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +33,7 @@ class QuantInit:
         device: where the model will run.
         dtype: compute dtype.
         options: the validated instance of `Provider.options`, or None.
+        op: the operation chosen for a spec, as `LayerFactory.op`; `quant_linear` multiplies by integer codes.
     """
 
     config: Mapping[str, Any]
@@ -34,6 +41,7 @@ class QuantInit:
     device: torch.device
     dtype: torch.dtype
     options: Any = None
+    op: Callable[[OpSpec], Any] = no_ops
 
 
 @dataclass(frozen=True, slots=True)

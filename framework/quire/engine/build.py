@@ -25,7 +25,7 @@ from quire.engine.intake import Intake, IntakeLimits
 from quire.engine.memory import num_kv_blocks
 from quire.engine.metrics import Metrics
 from quire.errors import ConfigError
-from quire.layers.factory import PluginLayers
+from quire.layers.factory import Operations, PluginLayers
 from quire.loader.checkpoint import resolve_checkpoint
 from quire.loader.load import load_model
 from quire.loader.progress import Progress, TerminalProgress
@@ -126,7 +126,8 @@ def build_model(config: ResolvedConfig, host: PluginHost, progress: Progress | N
         )
         for choice in config.op_sets
     ]
-    layers = PluginLayers(op_sets, config.ops, _quantization(config, host))
+    operations = Operations(op_sets, config.ops)
+    layers = PluginLayers(operations, _quantization(config, host, operations))
     init = ModelInit(
         config=config.model_config,
         device=device,
@@ -235,7 +236,7 @@ def _step_hook(host: PluginHost) -> Callable[[StepStats], None] | None:
     return lambda stats: host.notify("quire_on_step", stats=stats)
 
 
-def _quantization(config: ResolvedConfig, host: PluginHost) -> QuantMethod | None:
+def _quantization(config: ResolvedConfig, host: PluginHost, operations: Operations) -> QuantMethod | None:
     choice = config.quantization
     if choice is None:
         return None
@@ -247,6 +248,7 @@ def _quantization(config: ResolvedConfig, host: PluginHost) -> QuantMethod | Non
             device=config.device.torch_device(),
             dtype=config.dtype,
             options=_options(config, host, choice),
+            op=operations.op,
         )
     )
     return method

@@ -14,7 +14,7 @@ from quire.contract.attention import AttentionBackend, AttentionInit, KVCaches
 from quire.contract.model import CausalLM, ModelInit, ModelSpec, StepContext
 from quire.contract.ops import OpInit, OpSet
 from quire.errors import UnsupportedModel
-from quire.layers.factory import PluginLayers
+from quire.layers.factory import Operations, PluginLayers
 from quire.loader.checkpoint import read_checkpoint
 from quire.loader.load import load_model
 from quire.testing.batches import make_batch
@@ -108,7 +108,7 @@ class ModelConformance:
         checkpoint = read_checkpoint("test", folder)
         assert spec.why_not(checkpoint.config) == []
         device = torch.device("cpu")
-        layers = PluginLayers([("ops", parts[1](OpInit(device, 256)))], {})
+        layers = PluginLayers(Operations([("ops", parts[1](OpInit(device, 256)))], {}))
         config = spec.config_from_hf(checkpoint.config)
         init = ModelInit(config, device, dtype, MAX_LEN, layers, deterministic, str(folder), checkpoint.stored_rows)
         model = load_model(checkpoint, spec, init)
