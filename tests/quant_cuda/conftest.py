@@ -5,9 +5,9 @@ import os
 import pytest
 
 os.environ["TRITON_INTERPRET"] = "1"
-import quire_quant.cuda_linear  # noqa: E402, F401  its kernels are decorated now
-import triton.language as tl  # noqa: E402
-from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
+import quire_quant.cuda_linear  # noqa: F401  its kernels are decorated now
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
 del os.environ["TRITON_INTERPRET"]
 assert isinstance(tl.cdiv, InterpretedFunction), "somebody imported triton before it could be told to interpret"

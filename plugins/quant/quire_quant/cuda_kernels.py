@@ -30,7 +30,7 @@ def _halves(words, i, ELEMENT: tl.constexpr, NATIVE: tl.constexpr):
     """
     shifted = words >> (4 * i)
     if NATIVE:
-        if ELEMENT == tl.bfloat16:
+        if tl.bfloat16 == ELEMENT:
             low, high = tl.inline_asm_elementwise(
                 "{ .reg .b32 t; lop3.b32 t, $2, 0x000F000F, 0x43004300, 0xEA; mov.b32 {$0, $1}, t; }",
                 "=h,=h,r",
@@ -49,7 +49,7 @@ def _halves(words, i, ELEMENT: tl.constexpr, NATIVE: tl.constexpr):
                 pack=1,
             )
     else:
-        bits: tl.constexpr = 0x4300 if ELEMENT == tl.bfloat16 else 0x6400
+        bits: tl.constexpr = 0x4300 if tl.bfloat16 == ELEMENT else 0x6400
         low = ((shifted & 0xF) | bits).to(tl.int16).to(ELEMENT, bitcast=True)
         high = (((shifted >> 16) & 0xF) | bits).to(tl.int16).to(ELEMENT, bitcast=True)
     return low, high
@@ -155,7 +155,7 @@ def few_rows_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, R)
-    ones = tl.full((R, BLOCK_N), 1.0, ELEMENT)
+    ones = tl.full((R, BLOCK_N), 1.0, tl.float32).to(ELEMENT)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tile in range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tiles)):
         words = tl.load(words_ptr + (tile * R + r)[:, None] * padded + n[None, :], eviction_policy="evict_first")

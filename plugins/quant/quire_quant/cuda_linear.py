@@ -92,7 +92,8 @@ class CudaQuantLinear:
             launch = launch_for(MIN_BLOCK_M, state.words.bits, self._gpu.capability)
             # The split, too, is that of one block of rows, however many there are.
             split = self._split(launch, MIN_BLOCK_M, state.words)
-            parts = [self._fused(part, state, bias, launch, split) for part in x.split(FUSED_ROWS)]
+            starts = range(0, max(len(x), 1), FUSED_ROWS)
+            parts = [self._fused(x[start : start + FUSED_ROWS], state, bias, launch, split) for start in starts]
             return torch.cat(parts) if len(parts) > 1 else parts[0]
         if len(x) > FUSED_ROWS:
             return self._by_weight(x, state.words, bias)
