@@ -1,7 +1,18 @@
-"""What tests of several folders share."""
+"""What every test starts with, and what tests of several folders share."""
+
+import logging
 
 import numpy as np
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def the_log_is_put_back():
+    """The program sets up the log of `quire` for its process; the tests share one."""
+    logger = logging.getLogger("quire")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture
