@@ -249,7 +249,10 @@ def read_tree(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the configuration {path} is not valid: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"the configuration {path} is not valid: {' '.join(str(error).split())}",
+            remedy="look at the line that it names; YAML is indented by spaces, never tabs",
+        ) from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):

@@ -6,6 +6,7 @@ provider of highest priority that fits, and records why better ones do not.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,10 @@ from pydantic import BaseModel
 
 from quire.contract.provider import Point, Provider
 from quire.errors import ConfigError
-from quire.host.objects import first_line, import_object, why_not_a
+from quire.host.objects import first_line, import_object, why_not_a, why_not_imported
 from quire.host.options import owner_of, validated
 from quire.host.reports import Candidate, PluginReport, Rejection, Selection
+from quire.host.sources import CORE, why_not_found
 from quire.host.suggest import suggest
 from quire.host.trace import Step
 from quire.host.trace import logger as trace
@@ -70,7 +72,9 @@ class Catalog:
             rejected.append(Rejection(provider, plugin, reasons))
         if wanted != AUTO:
             reasons_text = "; ".join(rejected[0].reasons)
-            raise ConfigError(f"{point} {wanted!r} cannot be used: {reasons_text}", remedy=self._alternatives(point))
+            raise ConfigError(
+                f"{point} {wanted!r} cannot be used: {reasons_text}", remedy=self._alternatives(candidates[0])
+            )
         details = " | ".join(f"{item.provider.name}: {'; '.join(item.reasons)}" for item in rejected)
         raise ConfigError(
             f"no {point} can be used here" + (f": {details}" if details else ": no plugin provides one"),
@@ -103,6 +107,19 @@ class Catalog:
         """Why this machine cannot run the provider, by its own probe; empty if it can, or has no probe."""
         return "; ".join(_probe(provider))
 
+    def blame(self, error: BaseException) -> str:
+        """The plugin whose code raised, as ` in plugin 'x' (x 1.0)`; empty if the traceback meets none, or the core's.
+
+        That is the innermost frame of any plugin: torch's own frames lie below it.
+        """
+        labels = {
+            p.target.partition(".")[0].partition(":")[0]: r.label for r in self.reports.values() for p in r.providers
+        }
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        owners = [module.partition(".")[0] for module in modules if module.partition(".")[0] in labels]
+        owner = next((name for name in reversed(owners)), "quire")
+        return "" if owner == "quire" else f" in {labels[owner]}"
+
     def _owned(self) -> list[tuple[Provider, str]]:
         return [(provider, report.name) for report in self.reports.values() for provider in report.providers]
 
@@ -116,11 +133,26 @@ class Catalog:
             raise ConfigError(f"{point} {wanted!r} is offered by several plugins", remedy=f"name one of {full}")
         broken = [f"{r.name} ({r.status}: {r.reason})" for r in self.reports.values() if r.reason]
         note = f"; not loaded: {', '.join(broken)}" if broken else ""
-        raise ConfigError(f"there is no {point} {wanted!r}{note}", remedy=suggest(wanted, [p.name for p, _ in every]))
+        raise ConfigError(f"there is no {point} {wanted!r}{note}", remedy=self._found_instead(wanted, every))
 
-    def _alternatives(self, point: str) -> str:
-        names = [provider.name for provider, _ in self.providers(point)]
-        return f"use auto or one of {names}"
+    def _found_instead(self, wanted: str, offered: Sequence[tuple[Provider, str]]) -> str:
+        """What to do about a name that no provider of the point has."""
+        names = [provider.name for provider, _ in offered]
+        ours = [provider.name for provider, plugin in offered if self.reports[plugin].distribution == wanted]
+        remedy = suggest(ours[0] if ours else wanted, names)
+        if remedy.startswith("did"):
+            return remedy
+        report = self.reports.get(wanted)
+        if report is not None and report.reason:
+            return f"mend plugin {wanted!r}; {remedy}"
+        return f"{remedy}; {why_not_found(wanted)}"
+
+    def _alternatives(self, refused: tuple[Provider, str]) -> str:
+        names = [
+            provider.name for provider, plugin in self.providers(refused[0].point) if (provider, plugin) != refused
+        ]
+        others = f"use auto or one of {names}" if names else "there is no other"
+        return others if refused[1] == CORE else f"mend plugin {refused[1]!r}, or {others}"
 
     def _try(self, provider: Provider, device_type: str | None, check: Check | None) -> tuple[Any, tuple[str, ...]]:
         """The provider's target, and the reasons why it cannot be used."""
@@ -136,8 +168,12 @@ class Catalog:
             return None, reasons
         try:
             with Step(f"import {provider.target}"):
-                point = self.points[provider.point]
-                target = adapted(import_object(provider.target), provider.api, point)
+                target = import_object(provider.target)
+        except (Exception, SystemExit) as error:
+            return None, (f"its target {why_not_imported(provider.target, error)}",)
+        point = self.points[provider.point]
+        try:
+            target = adapted(target, provider.api, point)
             reasons = (*why_not_a(point, target),)
             return target, reasons or (tuple(check(target)) if check is not None else ())
         except (Exception, SystemExit) as error:

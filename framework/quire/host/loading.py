@@ -7,6 +7,7 @@ rejected plugin stays half registered, and a misspelt hook passes in silence.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ import pluggy
 
 from quire.contract.provider import Point, Provider
 from quire.facade import HostInfo
-from quire.hooks import HOOK_NAMES
+from quire.hooks import HOOK_ARGUMENTS, HOOK_NAMES
 from quire.host.objects import first_line, is_path
 from quire.host.reports import PluginReport, PluginStatus
 from quire.host.sources import PluginSource
@@ -24,6 +25,8 @@ from quire.host.versions import refusal
 
 RESERVED_NAMES = frozenset({"auto", "default"})
 """Names that mean something else where a provider's name is expected."""
+
+HOW_TO_OFFER = "return a list such as [Provider('sampler', 'mine', 'package.module:Class', api=1)]"
 
 
 class NotLoaded(Exception):
@@ -79,14 +82,25 @@ def _hooks_of(manager: pluggy.PluginManager, plugin: object) -> tuple[str, ...]:
         options = manager.parse_hookimpl_opts(plugin, name)
         if options is None:
             if name in HOOK_NAMES and callable(getattr(plugin, name, None)):
-                raise NotLoaded(PluginStatus.REJECTED, f"{name!r} is not marked with @hookimpl")
+                reason = f"{name!r} is not marked with @hookimpl; write `@hookimpl`, from quire.plugin, above it"
+                raise NotLoaded(PluginStatus.REJECTED, reason)
             continue
         if name not in HOOK_NAMES:
             raise NotLoaded(PluginStatus.REJECTED, f"unknown hook {name!r}; {suggest(name, HOOK_NAMES)}")
         if options["wrapper"] or options["hookwrapper"]:
             raise NotLoaded(PluginStatus.REJECTED, f"{name!r} is a hook wrapper; plugins are called one by one")
+        if strangers := _arguments(getattr(plugin, name)) - set(HOOK_ARGUMENTS[name]):
+            allowed = ", ".join(HOOK_ARGUMENTS[name]) or "nothing"
+            reason = f"hook {name!r} takes {', '.join(sorted(strangers))}; it may take {allowed}"
+            raise NotLoaded(PluginStatus.REJECTED, reason)
         found.append(name)
     return tuple(found)
+
+
+def _arguments(hook: Any) -> set[str]:
+    """Names of the arguments that a hook has to be given."""
+    parameters = inspect.signature(hook).parameters.values()
+    return {each.name for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD}
 
 
 def _offered(manager: pluggy.PluginManager, plugin: object, info: HostInfo) -> Iterable[Any]:
@@ -96,7 +110,12 @@ def _offered(manager: pluggy.PluginManager, plugin: object, info: HostInfo) -> I
             arguments = {"host": info}
             try:
                 found: Any = implementation.function(*(arguments[name] for name in implementation.argnames))
+                if found is None or isinstance(found, Provider):
+                    what = "None" if found is None else "one Provider"
+                    raise NotLoaded(PluginStatus.REJECTED, f"quire_providers returned {what}; {HOW_TO_OFFER}")
                 return list(found)
+            except NotLoaded:
+                raise
             except (Exception, SystemExit) as error:
                 raise NotLoaded(PluginStatus.REJECTED, f"quire_providers failed: {first_line(error)}") from error
     return []
@@ -115,8 +134,9 @@ def _checked(offered: Iterable[Any], report: PluginReport, points: Mapping[str, 
 def _check(provider: Any, report: PluginReport, points: Mapping[str, Point]) -> None:
     """Raise NotLoaded unless this is a well-formed provider of a contract that the host serves."""
     if not isinstance(provider, Provider):
+        what = type(provider).__name__
         raise NotLoaded(
-            PluginStatus.REJECTED, f"quire_providers must yield Provider objects, not {type(provider).__name__}"
+            PluginStatus.REJECTED, f"quire_providers must yield Provider objects, not {what}; {HOW_TO_OFFER}"
         )
     point = points.get(provider.point)
     if point is None:
