@@ -94,7 +94,7 @@ def test_it_says_what_it_loads_and_who_asked(tcp):
         time.sleep(0.02)  # the line follows the answer
     for phase in ("building the model: ", "loading weights: ", "packing: "):
         assert log.index(phase) < log.index("ready in")
-    assert re.search(rf"^info: GET '/v1/models' 200 \d+ ms asked-1$", log, re.MULTILINE)
+    assert re.search(r"^info: GET '/v1/models' 200 \d+ ms asked-1$", log, re.MULTILINE)
     assert "'/ready'" not in log
 
 
