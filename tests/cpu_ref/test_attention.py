@@ -86,8 +86,12 @@ class LeavesPadding(CpuRefAttention):
 
 
 class FalselyDeterministic(CpuRefAttention):
-    def plan(self, batch):
-        return self._plan_groups(batch)
+    """Scales the queries where there are few, and the scores elsewhere: other bits on any processor."""
+
+    def forward(self, layer, q, k, v, kv, batch, plan, out):
+        if batch.num_tokens < 8:
+            layer, q = dataclasses.replace(layer, scale=1.0), q * layer.scale
+        super().forward(layer, q, k, v, kv, batch, plan, out)
 
 
 MUTANTS = [

@@ -1,14 +1,14 @@
 """Layers in GPTQ's and AWQ's forms: the kit, every variant against its definition, refusals."""
 
 from dataclasses import replace
-from types import MappingProxyType
 
 import pytest
 import torch
 from quire import ConfigError, UnsupportedModel
 from quire.plugin import LinearSpec, OpInit, QuantInit, QuantLinearSpec
+from quire.testing.certify import conformance
 from quire.testing.op import OpConformance
-from quire.testing.quantization import QuantizationConformance, reference_op
+from quire.testing.quantization import reference_op
 from quire_quant.awq import AWQMethod
 from quire_quant.gptq import GPTQMethod
 from quire_quant.kernels import DequantOps, Int4PackOps
@@ -102,40 +102,13 @@ def test_awq_without_zero_points():
     check(AWQMethod, {"bits": 4, "group_size": 32, "zero_point": False}, tensors, layer)
 
 
-class TestGPTQ(QuantizationConformance):
-    shapes = ((256, 96), (384, 32), (128, 1504))
-    config = MappingProxyType({"bits": 4, "group_size": 128, "sym": False})
-    op = staticmethod(reference_op)
-
-    @pytest.fixture
-    def method_class(self):
-        return GPTQMethod
-
-    def tensors_of(self, linear, seed):
-        layer = random_layer(linear.spec.in_features, linear.spec.out_features, 4, 128, seed=seed)
-        return gptq_tensors(layer, 4)
-
-    def init(self, dtype, names=("m.96", "m.32", NAME)):
-        stored = {f"{name}.qweight": None for name in names}
-        return QuantInit(self.config, stored, CPU, dtype, op=self.op)
-
-    def stored(self, linear, seed):
-        return self.tensors_of(linear, seed)
+TestGPTQ = conformance("quantization", "gptq")
+TestAWQ = conformance("quantization", "awq")
 
 
 class TestGPTQByDequantization(TestGPTQ):
-    op = staticmethod(DequantOps(OpInit(CPU, 256)).build)
-
-
-class TestAWQ(TestGPTQ):
-    config = MappingProxyType({"bits": 4, "group_size": 128})
-
-    @pytest.fixture
-    def method_class(self):
-        return AWQMethod
-
-    def tensors_of(self, linear, seed):
-        return awq_tensors(random_layer(linear.spec.in_features, linear.spec.out_features, 4, 128, seed=seed))
+    def init(self, dtype):
+        return replace(super().init(dtype), op=DequantOps(OpInit(CPU, 256)).build)
 
 
 @pytest.mark.parametrize("ops", [Int4PackOps, DequantOps])

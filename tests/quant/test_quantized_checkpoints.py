@@ -90,7 +90,9 @@ def test_deterministic_and_bfloat16(tmp_path):
 def test_an_op_set_named_by_the_user(tmp_path):
     folder, plain = quantized_checkpoint("llama", tmp_path, gptq(), GPTQ)
     check(folder, plain, ops={"quant_linear": "dequant"})
-    with pytest.raises(ConfigError, match="no op set serves quant_linear: quant:int4pack: the compute dtype is float32"):
+    with pytest.raises(
+        ConfigError, match="no op set serves quant_linear: quant:int4pack: the compute dtype is float32"
+    ):
         logprobs(folder, ops={"quant_linear": "int4pack"})
 
 

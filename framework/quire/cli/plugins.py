@@ -93,7 +93,8 @@ def _print_scores(scores: Sequence[Score]) -> None:
     print_table(("POINT", "NAME", "VERDICT", "PASSED", "FAILED", "SKIPPED", "WHY"), rows)
     for score in scores:
         for failure in score.failures:
-            typer.echo(f"\n{score.point} {score.name}: {failure.check}\n  {failure.message}\n  {failure.advice}")
+            typer.echo(f"\n{score.point} {score.name}: {failure.check}\n  saw:  {failure.message}")
+            typer.echo(f"  must: {failure.contract}\n  mend: {failure.advice}")
 
 
 def _row(host: PluginHost, provider: Provider, plugin: str) -> tuple[str, ...]:

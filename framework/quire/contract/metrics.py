@@ -20,6 +20,9 @@ class StepStats:
         prefix_query_tokens: total tokens looked up in the prefix cache. prefix_hit_tokens: total found.
         num_preemptions: total. num_finished: requests that ended in this step.
         schedule_s, build_s, forward_s, sample_s, update_s: where the time went.
+        token_gaps: (seconds since the step that gave a sequence its tokens before, number of such sequences).
+
+    Totals count from 0 again when the engine's process has been replaced.
     """
 
     step_id: int
@@ -40,6 +43,7 @@ class StepStats:
     forward_s: float
     sample_s: float
     update_s: float
+    token_gaps: tuple[tuple[float, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,8 +134,9 @@ class Engine:
         result = self._execute(schedule)
         executed = time.perf_counter()
         updates = parts.scheduler.update(schedule, result)
+        gaps = parts.metrics.token_gaps(updates)  # before anything forgets a sequence that has ended
         deltas = self._emission.process(updates)
-        times = StepTimes(scheduled - started, time.perf_counter() - executed)
+        times = StepTimes(scheduled - started, time.perf_counter() - executed, gaps)
         if not schedule.is_empty:
             stats = step_stats(schedule, result, updates, times, parts.scheduler, parts.allocator)
             self._report(stats)

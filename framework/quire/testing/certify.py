@@ -7,6 +7,7 @@ upon) takes it from the class attribute `conformance` of the target, a mapping o
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -28,6 +29,10 @@ from quire.registry import HostOptions, PluginHost, build_host
 from quire.testing.tiny_models import ARCHITECTURES
 
 Verdict = Literal["certified", "failed", "not run"]
+
+
+ADVICE = "If it fails:"
+"""Begins the second part of a check's docstring."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,7 @@ KITS: Mapping[str, Kit] = MappingProxyType(
         "output_parser": _kit("output_parser", "OutputParser", "parser_class", needs=("samples",)),
         "metrics_sink": _kit("metrics_sink", "MetricsSink", "sink_class"),
         "device": _kit("device", "Device", "device_class"),
+        "executor": _kit("executor", "Executor", "executor_class", others=lambda host, provider: {"host": host}),
     }
 )
 """Extension point -> its kit. A point without one cannot be certified."""
@@ -82,10 +88,11 @@ KITS: Mapping[str, Kit] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A check that failed: its name, what it saw, and what its docstring says about mending."""
+    """A check that failed: its name, what it saw, what must hold, and how such a failure is mended."""
 
     check: str
     message: str
+    contract: str
     advice: str
 
 
@@ -117,7 +124,10 @@ def conformance(point: str, name: str, options: HostOptions | None = None) -> ty
     kit = KITS[point]
     target = host.load(point, name)
     base = _load(kit.target)
-    given = dict(getattr(target, "conformance", {}))
+    given = {
+        key: staticmethod(value) if inspect.isfunction(value) else value
+        for key, value in getattr(target, "conformance", {}).items()
+    }
     device = {} if not provider.devices or "cpu" in provider.devices else {"device": min(provider.devices)}
     subject = target(OpInit(torch.device(device.get("device", "cpu")), 256)) if point == "op" else target
     fixtures = {kit.fixture: subject, **kit.others(host, provider)}
@@ -136,9 +146,8 @@ def why_not(host: PluginHost, provider: Provider) -> str:
         return f"the kit can make checkpoints of {', '.join(ARCHITECTURES)} only"
     target = host.load(provider.point, provider.name)
     given = getattr(target, "conformance", {})
-    if provider.point == "quantization" and target.checkpoint_names and not given:
-        return "it reads a format of checkpoints, whose tensors only a test file can make"
-    missing = [name for name in kit.needs if name not in given]
+    needs = ("sample",) if provider.point == "quantization" and target.checkpoint_names else kit.needs
+    missing = [name for name in needs if name not in given]
     if missing:
         return f"the kit needs {missing[0]!r}; give it in the class attribute `conformance`, or in a test file"
     return ""
@@ -184,14 +193,20 @@ def _score(point: str, name: str, plugin: str, report: Path) -> Score:
         if problem is not None:
             failed += 1
             check = case.get("name", "")
-            advice = getattr(getattr(kit, check.partition("[")[0], None), "__doc__", "") or ""
-            failures.append(Failure(check, _first_line(problem.get("message", "")), " ".join(advice.split())))
+            told = contract_and_advice(getattr(kit, check.partition("[")[0], None))
+            failures.append(Failure(check, _first_line(problem.get("message", "")), *told))
         elif case.find("skipped") is not None:
             skipped += 1
         else:
             passed += 1
     verdict: Verdict = "certified" if passed and not failed else "failed"
     return Score(point, name, plugin, verdict, passed, failed, skipped, failures=tuple(failures))
+
+
+def contract_and_advice(check: Any) -> tuple[str, str]:
+    """The two parts of a check's docstring: what must hold, and what to do if it does not."""
+    contract, _, advice = " ".join((getattr(check, "__doc__", "") or "").split()).partition(f" {ADVICE} ")
+    return contract, advice
 
 
 def _find(host: PluginHost, point: str, name: str) -> tuple[Provider, str]:

@@ -39,7 +39,10 @@ class LogitsProcessorConformance:
         return processor_class(SamplerInit(torch.device("cpu"), VOCAB_SIZE, NUM_SLOTS, self.options))
 
     def test_there_is_something_to_test(self, processor_class: type[LogitsProcessor]) -> None:
-        """`active_params` is given and accepted; each changes some logits of some step."""
+        """`active_params` is given and accepted; each changes some logits of some step.
+
+        If it fails: give parameters in `conformance` that the processor acts upon, and let `validate` accept them.
+        """
         assert self.active_params, "give `active_params`"
         for params in self.active_params:
             processor_class.validate(params, VOCAB_SIZE)
@@ -47,7 +50,10 @@ class LogitsProcessorConformance:
             assert any(not torch.equal(after, _logits(known, 0)) for known, after in steps), f"nothing done: {params!r}"
 
     def test_add_says_whether_there_is_work(self, processor_class: type[LogitsProcessor]) -> None:
-        """`add` returns True for active parameters and False for inactive ones."""
+        """`add` returns True for active parameters and False for inactive ones.
+
+        If it fails: return False where the parameters ask for nothing: such rows never reach `apply`.
+        """
         processor = self.make(processor_class)
         for params in self.active_params:
             assert processor.add(0, _request(params, _tokens(0), 4)) is True
@@ -57,7 +63,11 @@ class LogitsProcessorConformance:
             assert processor.add(1, _request(params, _tokens(0), 4)) is False
 
     def test_edits_in_place_and_leaves_the_rest_alone(self, processor_class: type[LogitsProcessor]) -> None:
-        """`apply` returns None, writes no token buffer, and turns no finite logit into NaN or plus infinity."""
+        """`apply` returns None, writes no token buffer, and turns no finite logit into NaN or plus infinity.
+
+        If it fails: write into `logits`, never bind it anew; forbid a token with minus infinity and leave one that is
+        allowed.
+        """
         for params in self.active_params:
             processor, buffer = self.make(processor_class), _buffer([_tokens(0)])
             processor.add(0, _request(params, _tokens(0)[:4], 4))
@@ -68,7 +78,10 @@ class LogitsProcessorConformance:
             assert not (logits.isnan() | (logits == float("inf"))).any()
 
     def test_rows_do_not_depend_on_each_other(self, processor_class: type[LogitsProcessor]) -> None:
-        """Together, in any order and at any slot, each row gets the bits that it gets alone."""
+        """Together, in any order and at any slot, each row gets the bits that it gets alone.
+
+        If it fails: row i belongs to slot `ctx.slots[i]`; look state up by slot, never by the row's place.
+        """
         params = [self.active_params[index % len(self.active_params)] for index in range(5)]
         alone = [dict(self._generate(processor_class, each, slot=0, salt=salt)) for salt, each in enumerate(params)]
         slots = [6, 1, 4, 0, 7]
@@ -85,7 +98,10 @@ class LogitsProcessorConformance:
                 assert torch.equal(logits[place : place + 1], alone[salt][known]), f"row {place} with {known} tokens"
 
     def test_a_slot_forgets_its_request(self, processor_class: type[LogitsProcessor]) -> None:
-        """After `remove`, the next request of the slot is treated as by a fresh processor."""
+        """After `remove`, the next request of the slot is treated as by a fresh processor.
+
+        If it fails: delete the slot's state in `remove`, or make it anew in `add`.
+        """
         for first in self.active_params:
             for second in self.active_params:
                 processor = self.make(processor_class)
@@ -95,7 +111,10 @@ class LogitsProcessorConformance:
                 _assert_same(reused, self._generate(processor_class, second, slot=2, salt=1))
 
     def test_preemption_changes_nothing(self, processor_class: type[LogitsProcessor]) -> None:
-        """A request that leaves and returns, with all its tokens and at another slot, goes on as if it had stayed."""
+        """A request that leaves and returns, with all its tokens and at another slot, goes on as if it had stayed.
+
+        If it fails: derive all state from `request.token_ids` in `add` and from `ctx` in `apply`; count no calls.
+        """
         for params in self.active_params:
             whole = self._generate(processor_class, params, slot=0, salt=0)
             for cut in (5, 9):
@@ -106,13 +125,19 @@ class LogitsProcessorConformance:
                 _assert_same([*early[:-1], *late], whole)
 
     def test_stale_tokens_are_not_read(self, processor_class: type[LogitsProcessor]) -> None:
-        """What the buffer holds behind a row's known tokens is an older request's, and means nothing."""
+        """What the buffer holds behind a row's known tokens is an older request's, and means nothing.
+
+        If it fails: read `ctx.token_ids[slot, : num_tokens]` only.
+        """
         for params in self.active_params:
             clean = self._generate(processor_class, params, slot=0, salt=0, stale=30)
             _assert_same(self._generate(processor_class, params, slot=0, salt=0, stale=31), clean)
 
     def test_the_claim_on_argmax_holds(self, processor_class: type[LogitsProcessor]) -> None:
-        """A processor that says `argmax_invariant` never changes the most likely token."""
+        """A processor that says `argmax_invariant` never changes the most likely token.
+
+        If it fails: take the claim back: a processor that makes it is skipped for greedy rows.
+        """
         if not processor_class.argmax_invariant:
             return
         for params in self.active_params:

@@ -124,7 +124,11 @@ class ModelConformance:
     def test_logits_equal_transformers(
         self, folder: Path, spec: ModelSpec, parts: tuple[type[AttentionBackend], type[OpSet]]
     ) -> None:
-        """Every position's logits, several requests in one batch over scattered blocks."""
+        """Every position's logits, several requests in one batch over scattered blocks.
+
+        If it fails: compare layer by layer with the model in transformers: norms' offsets, rotary settings and scales
+        are what is wrong most often.
+        """
         model, backend = self.load(folder, spec, parts)
         reference = reference_model(folder)
         prompts = self.prompts(model.vocab_size)
@@ -138,7 +142,10 @@ class ModelConformance:
     def test_chunks_and_decode_equal_prefill(
         self, folder: Path, spec: ModelSpec, parts: tuple[type[AttentionBackend], type[OpSet]]
     ) -> None:
-        """The same logits whether a prompt is computed at once, in uneven chunks, or token by token."""
+        """The same logits whether a prompt is computed at once, in uneven chunks, or token by token.
+
+        If it fails: take positions from the argument, never from the batch's shape, and keep nothing between calls.
+        """
         model, backend = self.load(folder, spec, parts)
         prompts = [p for p in self.prompts(model.vocab_size) if len(p) > 1]
         whole = PagedRun(model, backend, prompts).feed([len(p) for p in prompts])
@@ -161,7 +168,11 @@ class ModelConformance:
         parts: tuple[type[AttentionBackend], type[OpSet]],
         tmp_path: Path,
     ) -> None:
-        """A load that cannot place every tensor, or lacks one, fails with its name."""
+        """A load that cannot place every tensor, or lacks one, fails with its name.
+
+        If it fails: return False from `load_weight` for unknown names, and list in `missing_weights` what was not
+        loaded.
+        """
         import shutil
 
         from safetensors.torch import load_file, save_file
@@ -179,7 +190,10 @@ class ModelConformance:
     def test_bfloat16_stays_close(
         self, folder: Path, spec: ModelSpec, parts: tuple[type[AttentionBackend], type[OpSet]]
     ) -> None:
-        """bfloat16 runs, and its logits point the same way as float32's."""
+        """bfloat16 runs, and its logits point the same way as float32's.
+
+        If it fails: norm, rotate and take the softmax in float32, and return float32 logits.
+        """
         prompts = self.prompts(100)
         outcomes = []
         for dtype in (torch.float32, torch.bfloat16):

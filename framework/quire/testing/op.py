@@ -76,7 +76,11 @@ class OpConformance:
     @pytest.mark.parametrize("offset", [0.0, 1.0])
     @pytest.mark.parametrize("rows", ROWS)
     def test_rms_norm(self, op_set: OpSet, rows: int, offset: float, dtype: torch.dtype) -> None:
-        """Norm with and without a residual; the residual comes back as the sum."""
+        """Norm with and without a residual; the residual comes back as the sum.
+
+        If it fails: add x to the residual first, in the compute dtype; norm in float32; the weight's offset is added
+        before the product.
+        """
         op = self.build(op_set, RMSNormSpec(40, 1e-5, dtype, offset))
         x, residual = (torch.randn(rows, 40, generator=_seeded(i)).to(dtype) for i in range(2))
         weight = torch.rand(40, generator=_seeded(2)).to(dtype)
@@ -92,7 +96,11 @@ class OpConformance:
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     @pytest.mark.parametrize("rows", ROWS)
     def test_gated_act(self, op_set: OpSet, rows: int, activation: Any, dtype: torch.dtype) -> None:
-        """act(gate) · up, gate standing first."""
+        """act(gate) · up, gate standing first.
+
+        If it fails: the first `size` elements of a row are the gate; gelu_tanh is the approximation by tanh, gelu is
+        exact.
+        """
         op = self.build(op_set, GatedActSpec(37, activation, dtype))
         x = torch.randn(rows, 74, generator=_seeded(0)).to(dtype)
         self.close(op(x.clone()), ACTIVATIONS[activation](x[:, :37].double()) * x[:, 37:].double(), dtype)
@@ -102,7 +110,10 @@ class OpConformance:
     @pytest.mark.parametrize("deterministic", [False, True])
     @pytest.mark.parametrize("rows", ROWS)
     def test_linear(self, op_set: OpSet, rows: int, deterministic: bool, bias: bool, dtype: torch.dtype) -> None:
-        """x · Wᵀ + b, for any number of rows, contiguous or not."""
+        """x · Wᵀ + b, for any number of rows, contiguous or not.
+
+        If it fails: look at zero rows, at rows with a stride, and at a bias that `pack` dropped.
+        """
         op = self.build(op_set, LinearSpec(48, 70, bias, dtype, deterministic))
         weight = (torch.randn(70, 48, generator=_seeded(0)) / 7).to(dtype)
         offset = torch.randn(70, generator=_seeded(1)).to(dtype) if bias else None
@@ -136,7 +147,11 @@ class OpConformance:
     @pytest.mark.parametrize("deterministic", [False, True])
     @pytest.mark.parametrize("rows", ROWS)
     def test_moe(self, op_set: OpSet, rows: int, deterministic: bool, renormalize: bool) -> None:
-        """The chosen experts' outputs, weighted by their routing probabilities."""
+        """The chosen experts' outputs, weighted by their routing probabilities.
+
+        If it fails: softmax over all experts first, then choose; divide by the chosen ones' sum only with
+        `renormalize`.
+        """
         spec = MoESpec(5, 2, 24, 20, renormalize, "silu", torch.float32, deterministic)
         op = self.build(op_set, spec)
         x, logits = torch.randn(rows, 24, generator=_seeded(0)), torch.randn(rows, 5, generator=_seeded(1)) * 2
@@ -155,10 +170,11 @@ class OpConformance:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("kind", ["linear", "quant_linear", "rms_norm", "gated_act"])
     def test_values_of_neighbours_do_not_matter(self, op_set: OpSet, kind: str, dtype: torch.dtype) -> None:
-        """In a batch of one size a row's bits depend on that row alone, deterministic form or not.
+        """In a batch of one size a row's bits depend on that row alone, deterministic form or not; NaN and large values
+        in other rows stay there.
 
-        A scale that is shared by the batch, as in some quantized kernels, fails here. NaN and large
-        values in other rows must stay there.
+        If it fails: take scales per row: one that is shared by the batch, as in some quantized kernels, lets requests
+        see each other.
         """
         function = self.by_rows(op_set, kind, 64, dtype, deterministic=False)
         x = torch.randn(9, 64, generator=_seeded(0)).to(dtype)
@@ -173,7 +189,11 @@ class OpConformance:
     def test_deterministic_forms_do_not_see_their_neighbours(
         self, op_set: OpSet, kind: str, dtype: torch.dtype
     ) -> None:
-        """Bitwise the same row alone, in any batch, at any place; large layers too, where kernels change."""
+        """Bitwise the same row alone, in any batch, at any place; large layers too, where kernels change.
+
+        If it fails: multiply tiles of one fixed number of rows, and use `quire.plugin.elementwise`; or refuse
+        deterministic specs in `why_not`.
+        """
         function = self.by_rows(op_set, kind, 3072, dtype, deterministic=True)
         x = torch.randn(100, 3072, generator=_seeded(0)).to(dtype)
         whole = function(x)

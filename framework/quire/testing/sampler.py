@@ -76,7 +76,11 @@ class SamplerConformance:
         ],
     )
     def test_frequencies(self, sampler_class: type[Sampler], params: RowParams, allowed: int) -> None:
-        """Over many positions each candidate is drawn as often as its probability says, others never."""
+        """Over many positions each candidate is drawn as often as its probability says, others never.
+
+        If it fails: divide by the temperature before truncating; top-k, then top-p, then min-p, each over what is left;
+        keep the token that crosses top_p.
+        """
         scores = torch.tensor(self.logits, dtype=torch.float64) / params.temperature
         exact = torch.softmax(scores[:allowed], 0)  # the logits are sorted, so the candidates stand first
         rows = [
@@ -91,15 +95,35 @@ class SamplerConformance:
         chi_square = ((counts[:allowed][likely] - expected) ** 2 / expected).sum()
         assert chi_square < CHI_SQUARE_LIMIT[int(likely.sum()) - 1], f"frequencies are off: {counts.tolist()}"
 
+    def test_frequencies_over_seeds(self, sampler_class: type[Sampler]) -> None:
+        """Requests of other seeds draw independently: over neighbouring seeds too, frequencies are as they should be.
+
+        If it fails: mix the seed into the generator's key whole; neighbouring seeds must not give neighbouring draws.
+        """
+        exact = torch.softmax(torch.tensor(self.logits, dtype=torch.float64), 0)[:7]
+        rows = [RowParams(seed=seed, position=5) for seed in range(DRAWS)]
+        drawn = torch.tensor(self.sample(sampler_class, torch.tensor([self.logits]).repeat(DRAWS, 1), rows))
+        counts = torch.bincount(drawn, minlength=8).double()[:7]
+        chi_square = ((counts - exact * DRAWS) ** 2 / (exact * DRAWS)).sum()
+        assert chi_square < CHI_SQUARE_LIMIT[7], f"frequencies are off: {counts.tolist()}"
+        repeats = float((drawn[1:] == drawn[:-1]).double().mean())
+        assert abs(repeats - float(exact.square().sum())) < 0.035, "draws of neighbouring seeds go together"
+
     def test_greedy_takes_the_largest(self, sampler_class: type[Sampler]) -> None:
-        """Temperature 0 takes the largest logit, the lowest id of equals, with sampled rows beside it."""
+        """Temperature 0 takes the largest logit, the lowest id of equals, with sampled rows beside it.
+
+        If it fails: choose by argmax where the temperature is 0, and never divide by it.
+        """
         logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 2.0, 1.0], [1.0, 0.0, 0.0]])
         greedy = RowParams(temperature=0.0)
         assert self.sample(sampler_class, logits, [greedy] * 3) == [1, 0, 0]
         assert self.sample(sampler_class, logits, [greedy, greedy, RowParams(temperature=1.0)])[:2] == [1, 0]
 
     def test_a_row_does_not_depend_on_the_batch(self, sampler_class: type[Sampler]) -> None:
-        """The same row gives the same token alone, in any batch and at any place."""
+        """The same row gives the same token alone, in any batch and at any place.
+
+        If it fails: draw from a counter-based generator keyed by seed and position, not from one that the batch shares.
+        """
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(24, 500, generator=generator) * 2
         rows = [
@@ -112,7 +136,10 @@ class SamplerConformance:
         assert together == alone == backwards
 
     def test_seed_and_position_decide(self, sampler_class: type[Sampler]) -> None:
-        """Equal seeds and positions draw equally; other seeds or positions draw otherwise."""
+        """Equal seeds and positions draw equally; other seeds or positions draw otherwise.
+
+        If it fails: key the generator by both.
+        """
         logits = torch.zeros(1, 1000)
 
         def draw(seed: int, position: int) -> int:
@@ -123,7 +150,11 @@ class SamplerConformance:
         assert len({draw(1, position) for position in range(30)}) > 20
 
     def test_large_vocabulary_and_extreme_logits(self, sampler_class: type[Sampler]) -> None:
-        """Forbidden tokens (minus infinity) are never drawn, and huge logits do not overflow."""
+        """Forbidden tokens (minus infinity) are never drawn, and huge logits do not overflow.
+
+        If it fails: subtract the maximum before exp, and search a cumulative sum strictly, so that a weight of 0 is
+        passed over.
+        """
         logits = torch.full((40, 50_000), float("-inf"))
         logits[:, [7, 49_999]] = torch.tensor([3.0e38, 3.0e38])
         drawn = self.sample(sampler_class, logits, [RowParams(temperature=0.5, seed=i) for i in range(40)])

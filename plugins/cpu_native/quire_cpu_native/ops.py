@@ -131,5 +131,3 @@ class NativeLinear:
             spec.in_features,
         )
         return out
-
-

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -18,9 +19,22 @@ from torch import Tensor
 from quire_quant.bits import WORD, unpack
 from quire_quant.codes import Codes, Form
 from quire_quant.fp8 import BLOCK, FP8Linear, is_fp8, may_fuse_fp8
-from quire_quant.linear import CheckpointMethod, CodesLinear, by_group
+from quire_quant.linear import SHAPES, CheckpointMethod, CodesLinear, by_group
 
 FORMATS = ("pack-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
+
+SAMPLE_CONFIG = MappingProxyType(
+    {
+        "format": "pack-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128},
+            }
+        },
+    }
+)
+"""The configuration of the conformance kit's samples."""
 
 
 class Weights(BaseModel):
@@ -35,11 +49,19 @@ class Weights(BaseModel):
     block_structure: tuple[int, int] | None = None
 
 
+def _sample(inputs: int, outputs: int, seed: int) -> tuple[Mapping[str, Tensor], Tensor]:
+    """A layer for the conformance kit; the tests' packer is imported when it is wanted."""
+    from quire_quant.testing import compressed_sample
+
+    return compressed_sample(inputs, outputs, seed)
+
+
 class CompressedTensorsMethod(CheckpointMethod):
     """Reads checkpoints whose `quant_method` is compressed-tensors."""
 
     checkpoint_names = frozenset({"compressed-tensors"})
     marker = "weight_packed"
+    conformance = MappingProxyType({"config": SAMPLE_CONFIG, "shapes": SHAPES, "sample": _sample})
 
     def __init__(self, init: QuantInit) -> None:
         super().__init__(init)

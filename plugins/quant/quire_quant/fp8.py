@@ -7,6 +7,7 @@ stay in the compute dtype, which is more exact than the eight bits that such che
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from quire.plugin import LinearSpec, QuantInit, QuantLinear, QuantMethod, QuantT
 from torch import Tensor
 
 from quire_quant.codes import per_column
-from quire_quant.linear import refuse_experts
+from quire_quant.linear import SHAPES, refuse_experts
 from quire_quant.rows import multiply
 
 SCALES = ("weight_scale", "weight_scale_inv")
@@ -23,10 +24,18 @@ IGNORED = ("input_scale", "activation_scale")
 BLOCK = (128, 128)
 
 
+def _sample(inputs: int, outputs: int, seed: int) -> tuple[Mapping[str, Tensor], Tensor]:
+    """A layer for the conformance kit; the tests' packer is imported when it is wanted."""
+    from quire_quant.testing import fp8_sample
+
+    return fp8_sample(inputs, outputs, seed)
+
+
 class FP8Method(QuantMethod):
     """Reads checkpoints whose `quant_method` is fp8."""
 
     checkpoint_names = frozenset({"fp8"})
+    conformance = MappingProxyType({"config": {"weight_block_size": [32, 128]}, "shapes": SHAPES, "sample": _sample})
 
     def __init__(self, init: QuantInit) -> None:
         super().__init__(init)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from quire_quant.bits import WORD, unpack
 from quire_quant.codes import Codes, Form
-from quire_quant.linear import CheckpointMethod, CodesLinear, by_group
+from quire_quant.linear import SHAPES, CheckpointMethod, CodesLinear, by_group
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +37,21 @@ class LayerSettings(BaseModel):
     sym: bool = True
 
 
+def _sample(inputs: int, outputs: int, seed: int) -> tuple[Mapping[str, Tensor], Tensor]:
+    """A layer for the conformance kit; the tests' packer is imported when it is wanted."""
+    from quire_quant.testing import gptq_sample
+
+    return gptq_sample(inputs, outputs, seed)
+
+
 class GPTQMethod(CheckpointMethod):
     """Reads checkpoints whose `quant_method` is gptq."""
 
     checkpoint_names = frozenset({"gptq"})
     marker = "qweight"
+    conformance = MappingProxyType(
+        {"config": {"bits": 4, "group_size": 128, "sym": False}, "shapes": SHAPES, "sample": _sample}
+    )
 
     def __init__(self, init: QuantInit) -> None:
         super().__init__(init)

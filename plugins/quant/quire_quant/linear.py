@@ -13,6 +13,9 @@ from torch import Tensor
 
 from quire_quant.codes import Codes, Form
 
+SHAPES = ((256, 96), (384, 32), (128, 1504))
+"""(inputs, outputs) of the conformance kit's layers: whole words and groups of 128."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
