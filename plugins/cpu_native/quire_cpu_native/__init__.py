@@ -33,6 +33,6 @@ def quire_providers() -> Iterable[Provider]:
             priority=PRIORITY,
             devices=cpu,
             probe=probe,
-            summary="linears, norms and gated activations in C++",
+            summary="linears, plain and in codes, norms and gated activations in C++",
         ),
     )

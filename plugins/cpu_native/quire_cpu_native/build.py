@@ -23,7 +23,7 @@ SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = ("c++", "g++", "clang++")
 # No contraction: what is a fused multiply-add and what is not must not depend on the compiler's mood.
 COMMON = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-pthread")
-AVX2 = ("-mavx2", "-mfma")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -37,8 +37,8 @@ FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 NEEDED: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "avx512bf16": frozenset({"avx512_bf16", "avx512_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl"}),
-        "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"}),
-        "avx2": frozenset({"avx2", "fma"}),
+        "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"}),
+        "avx2": frozenset({"avx2", "fma", "f16c"}),
         "generic": frozenset(),
     }
 )
@@ -95,7 +95,7 @@ def built(isa: str | None = None, extra: Sequence[str] = ()) -> Path:
     target = _target(compiler, isa, extra)
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        print(f"building the CPU kernels for {isa} with {compiler.name}, once", file=sys.stderr, flush=True)
+        sys.stderr.write(f"building the CPU kernels for {isa} with {compiler.name}, once\n")
         _build(compiler, isa, extra, target)
     return target
 

@@ -16,6 +16,8 @@ from quire_cpu_native.build import built
 
 SUFFIXES: Mapping[torch.dtype, str] = MappingProxyType({torch.float32: "f32", torch.bfloat16: "bf16"})
 """Compute dtypes that there are kernels for."""
+PANEL = 64
+"""Outputs that are packed together."""
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 SIGNATURES: Mapping[str, str] = MappingProxyType(
     {
@@ -25,6 +27,9 @@ SIGNATURES: Mapping[str, str] = MappingProxyType(
         "gated_act": "ppipiii",
         "prepare": "pppippppppi",
         "attention": "pppippppippi",
+        "codes_pack": "pppp",
+        "codes_weight": "ppp",
+        "codes_linear": "ppppipi",
     }
 )
 """Function -> its arguments: pointers, whole numbers, floats. The first is the pool of threads."""
@@ -50,6 +55,16 @@ class LayerFields(ctypes.Structure):
         ),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
         ("sinks", ctypes.c_void_p),
+    )
+
+
+class CodesFields(ctypes.Structure):
+    """`Codes` of quant.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros")),
+        *((name, ctypes.c_int64) for name in ("outputs", "inputs", "bits", "group", "half_scales")),
+        ("middle", ctypes.c_float),
     )
 
 

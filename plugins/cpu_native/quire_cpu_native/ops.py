@@ -13,24 +13,25 @@ from quire.plugin import (
     OpInit,
     OpSet,
     OpSpec,
+    QuantLinearOp,
+    QuantLinearSpec,
     RMSNormOp,
     RMSNormSpec,
     UnsupportedModel,
 )
 from torch import Tensor
 
-from quire_cpu_native.native import SUFFIXES, Native, address, native, row_major
+from quire_cpu_native.codes import NativeQuantLinear
+from quire_cpu_native.native import PANEL, SUFFIXES, Native, address, native, row_major
 
-PANEL = 64
-"""Outputs that are packed together."""
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 """In the order of rows.cpp."""
 
 
 class NativeOps(OpSet):
-    """Linears, norms and gated activations in float32 and bfloat16."""
+    """Linears, plain and in codes, norms and gated activations, in float32 and bfloat16."""
 
-    kinds = frozenset({"rms_norm", "gated_act", "linear"})
+    kinds = frozenset({"rms_norm", "gated_act", "linear", "quant_linear"})
 
     def __init__(self, init: OpInit) -> None:
         super().__init__(init)
@@ -43,13 +44,15 @@ class NativeOps(OpSet):
             reasons.append(f"there are kernels for float32 and bfloat16, not for {str(dtype).removeprefix('torch.')}")
         return reasons
 
-    def build(self, spec: OpSpec) -> RMSNormOp | GatedActOp | LinearOp:
+    def build(self, spec: OpSpec) -> RMSNormOp | GatedActOp | LinearOp | QuantLinearOp:
         if isinstance(spec, RMSNormSpec):
             return NativeRMSNorm(spec, self._native)
         if isinstance(spec, GatedActSpec):
             return NativeGatedAct(spec, self._native)
         if isinstance(spec, LinearSpec):
             return NativeLinear(spec, self._native)
+        if isinstance(spec, QuantLinearSpec):
+            return NativeQuantLinear(spec, self._native)
         raise UnsupportedModel(f"operation {spec.kind!r} is not one of {sorted(self.kinds)}")
 
 

@@ -22,6 +22,9 @@
 namespace quire {
 
 using bf16 = uint16_t;
+struct half {
+    uint16_t bits;
+};
 
 static inline float to_float(bf16 x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -30,6 +33,13 @@ static inline float to_float(bf16 x) {
     return value;
 }
 static inline float to_float(float x) { return x; }
+
+// Of a finite half.
+static inline float to_float(half x) {
+    int exponent = x.bits >> 10 & 31;
+    float value = ldexpf((float)((x.bits & 1023) + (exponent ? 1024 : 0)), (exponent ? exponent : 1) - 25);
+    return x.bits >> 15 ? -value : value;
+}
 
 // To the nearest, ties to even; a NaN stays one.
 static inline bf16 to_bf16(float x) {
@@ -75,16 +85,20 @@ static inline V power_of_two(V n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
 static inline V round_to_even(V x) { return _mm512_cvtepi32_ps(_mm512_cvtps_epi32(x)); }
-// W bytes as floats; W / 2 bytes hold two codes each elsewhere
-static inline V load_bytes(const uint8_t* p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
-}
-// of W bytes: the low and the high four bits of each
-static inline void load_nibbles(const uint8_t* p, V& low, V& high) {
-    __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-    low = _mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(15)));
-    high = _mm512_cvtepi32_ps(_mm512_srli_epi32(x, 4));
-}
+using I = __m512i;
+static inline I zero_int() { return _mm512_setzero_si512(); }
+static inline I load_int(const void* p) { return _mm512_loadu_si512(p); }
+static inline I set1_int(int32_t x) { return _mm512_set1_epi32(x); }
+static inline V to_float(I x) { return _mm512_cvtepi32_ps(x); }
+// bits `shift` to `shift` + 3, or 7, of each 32 bits, as floats
+static inline V field4(I x, int shift) { return to_float(_mm512_and_si512(_mm512_srli_epi32(x, shift), set1_int(15))); }
+static inline V field8(I x, int shift) { return to_float(_mm512_and_si512(_mm512_srli_epi32(x, shift), set1_int(255))); }
+// the same of each 16 bits
+static inline I field4_of16(I x, int shift) { return _mm512_and_si512(_mm512_srli_epi16(x, shift), set1_int(0x000f000f)); }
+static inline I field8_of16(I x, int shift) { return _mm512_and_si512(_mm512_srli_epi16(x, shift), set1_int(0x00ff00ff)); }
+// c + a.first * b.first + a.second * b.second of signed halves
+static inline I add_products(I c, I a, I b) { return _mm512_add_epi32(c, _mm512_madd_epi16(a, b)); }
+static inline V load(const half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 
 #elif defined(QUIRE_ISA_AVX2)
 
@@ -122,14 +136,17 @@ static inline V power_of_two(V n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 static inline V round_to_even(V x) { return _mm256_cvtepi32_ps(_mm256_cvtps_epi32(x)); }
-static inline V load_bytes(const uint8_t* p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-}
-static inline void load_nibbles(const uint8_t* p, V& low, V& high) {
-    __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
-    low = _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15)));
-    high = _mm256_cvtepi32_ps(_mm256_srli_epi32(x, 4));
-}
+using I = __m256i;
+static inline I zero_int() { return _mm256_setzero_si256(); }
+static inline I load_int(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+static inline I set1_int(int32_t x) { return _mm256_set1_epi32(x); }
+static inline V to_float(I x) { return _mm256_cvtepi32_ps(x); }
+static inline V field4(I x, int shift) { return to_float(_mm256_and_si256(_mm256_srli_epi32(x, shift), set1_int(15))); }
+static inline V field8(I x, int shift) { return to_float(_mm256_and_si256(_mm256_srli_epi32(x, shift), set1_int(255))); }
+static inline I field4_of16(I x, int shift) { return _mm256_and_si256(_mm256_srli_epi16(x, shift), set1_int(0x000f000f)); }
+static inline I field8_of16(I x, int shift) { return _mm256_and_si256(_mm256_srli_epi16(x, shift), set1_int(0x00ff00ff)); }
+static inline I add_products(I c, I a, I b) { return _mm256_add_epi32(c, _mm256_madd_epi16(a, b)); }
+static inline V load(const half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 
 #else  // whatever the compiler makes of arrays of eight
 
@@ -162,11 +179,37 @@ static inline void store(bf16* p, V x) {
 }
 static inline V power_of_two(V n) { return lanes([&](int i) { return ldexpf(1.0f, (int)n.at[i]); }); }
 static inline V round_to_even(V x) { return lanes([&](int i) { return nearbyintf(x.at[i]); }); }
-static inline V load_bytes(const uint8_t* p) { return lanes([=](int i) { return (float)p[i]; }); }
-static inline void load_nibbles(const uint8_t* p, V& low, V& high) {
-    low = lanes([=](int i) { return (float)(p[i] & 15); });
-    high = lanes([=](int i) { return (float)(p[i] >> 4); });
+struct I {
+    uint32_t at[W];
+};
+static inline I zero_int() { return I{}; }
+static inline I load_int(const void* p) {
+    I out;
+    memcpy(out.at, p, sizeof out.at);
+    return out;
 }
+static inline I set1_int(int32_t x) {
+    I out;
+    for (uint32_t& each : out.at) each = (uint32_t)x;
+    return out;
+}
+static inline V to_float(I x) { return lanes([&](int i) { return (float)(int32_t)x.at[i]; }); }
+static inline V field4(I x, int shift) { return lanes([&](int i) { return (float)(x.at[i] >> shift & 15); }); }
+static inline V field8(I x, int shift) { return lanes([&](int i) { return (float)(x.at[i] >> shift & 255); }); }
+static inline I field4_of16(I x, int shift) {
+    for (uint32_t& each : x.at) each = each >> shift & 0x000f000f;
+    return x;
+}
+static inline I field8_of16(I x, int shift) {
+    for (uint32_t& each : x.at) each = each >> shift & 0x00ff00ff;
+    return x;
+}
+static inline I add_products(I c, I a, I b) {
+    for (int i = 0; i < W; i++)
+        c.at[i] += (uint32_t)((int16_t)a.at[i] * (int16_t)b.at[i] + (int16_t)(a.at[i] >> 16) * (int16_t)(b.at[i] >> 16));
+    return c;
+}
+static inline V load(const half* p) { return lanes([=](int i) { return to_float(p[i]); }); }
 
 #endif
 
