@@ -1,4 +1,8 @@
-"""Linears with their weights in codes of at most 8 bits, which are widened in registers."""
+"""Linears with their weights in codes of at most 8 bits.
+
+In float32 the codes are widened in registers, and the result is that of the weight in floats. In bfloat16 the inputs
+become whole numbers of 16 bits with a scale of their own for each row and group, and the sums are exact.
+"""
 
 from __future__ import annotations
 
