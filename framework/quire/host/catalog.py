@@ -174,8 +174,8 @@ class Catalog:
                 target = import_object(provider.target)
         except (Exception, SystemExit) as error:
             return None, (f"its target {why_not_imported(provider.target, error)}",)
+        point = self.points[provider.point]
         try:
-            point = self.points[provider.point]
             target = adapted(target, provider.api, point)
             reasons = (*why_not_a(point, target),)
             return target, reasons or (tuple(check(target)) if check is not None else ())
