@@ -19,7 +19,7 @@ from quire.contract.attention import (
     head_norm,
     split_qkv,
 )
-from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, MemoryInfo
+from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, HostCopy, MemoryInfo
 from quire.contract.executor import Executor, ExecutorInit, KVBudget
 from quire.contract.kv import NULL_BLOCK, Allocation, BlockCopy, KVAllocator, KVInit, KVStats, PrefixHit, PrefixQuery
 from quire.contract.metrics import MetricsInit, MetricsSink, RequestStats, StepStats
@@ -87,6 +87,7 @@ from quire.errors import ConfigError, EngineError, PluginError, QuireError, Requ
 from quire.facade import EngineFacade, HostInfo
 from quire.hooks import hookimpl
 from quire.params import SamplingParams
+from quire.sampling.philox import seeded_uniform
 
 __all__ = [
     "ELEMENTWISE_TILE",
@@ -115,6 +116,7 @@ __all__ = [
     "GraphRunner",
     "GraphSupport",
     "HeadNorm",
+    "HostCopy",
     "HostInfo",
     "KVAllocator",
     "KVBudget",
@@ -191,5 +193,6 @@ __all__ = [
     "elementwise",
     "head_norm",
     "hookimpl",
+    "seeded_uniform",
     "split_qkv",
 ]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quire.cli.console import note, print_table
+from quire.cli.new import new
 from quire.cli.session import open_session
 from quire.contract.provider import POINTS, Provider
 from quire.errors import ConfigError
@@ -26,10 +27,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 
 def register(app: typer.Typer, explain: Callable[..., None]) -> None:
     """Add the commands."""
-    group = typer.Typer(no_args_is_help=True, help="See what plugins are there and what they offer.")
+    group = typer.Typer(no_args_is_help=True, help="See, test and write plugins.")
     group.command("list")(list_plugins)
     group.command("explain")(explain)
     group.command("test")(certify_plugin)
+    group.command("new")(new)
     app.add_typer(group, name="plugins")
 
 

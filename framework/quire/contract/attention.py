@@ -253,6 +253,21 @@ class AttentionBackend(ABC):
         self.write_kv(step.layer, k, v, step.kv, step.batch)
         return q, k, v
 
+    def sees(self, layer: AttentionLayer, query: Tensor, key: Tensor) -> Tensor | None:
+        """Which keys queries attend to, beyond what `layer` says; None, the default: all that it allows.
+
+        A backend that leaves keys out on purpose says here which it keeps. Quire then warns at the start
+        that results are not the model's, and the conformance kit expects exact attention over these keys.
+
+        Args:
+            layer: the layer's facts.
+            query: int64 [q, 1], positions of queries. key: int64 [k], positions of keys.
+
+        Returns:
+            bool [q, k], or None. A query must see its own position.
+        """
+        return None
+
     def plan(self, batch: AttentionBatch) -> Any:
         """Prepare one step for all layers, outside any graph, after padding.
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from quire.contract.attention import GraphSupport
 from quire.contract.ops import LinearSpec, OpSpec
 from quire.errors import ConfigError
 
@@ -53,7 +54,7 @@ class QuantTensor:
         shape: as stored, for one unfused layer.
         dtype: as stored.
         out_dim: dimension that runs along the output features, so that q, k and v can be
-            concatenated along it; None: the tensor must be equal in all of them.
+            concatenated along it (a scalar with 0: one for each of them, [S]); None: the tensor must be equal in all.
         required: False if the checkpoint may lack it.
     """
 
@@ -66,6 +67,9 @@ class QuantTensor:
 
 class QuantLinear(ABC):
     """The quantized form of one linear layer, or of several fused along their outputs."""
+
+    graph: ClassVar[GraphSupport] = GraphSupport.NEVER
+    """Which batches `forward` can serve inside a captured graph, as in `OpSet.graph_support`."""
 
     def __init__(self, spec: LinearSpec) -> None:
         self.spec = spec

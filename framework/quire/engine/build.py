@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from quire.config import Configured, EngineConfig, configure, core_sections, with_defaults
 from quire.config_sections import check_sections
@@ -34,6 +37,8 @@ from quire.registry import HostOptions, PluginHost, Selection, build_host
 from quire.resolve import ResolvedConfig, resolve
 from quire.sampling.pipeline import SamplingPipeline, validate_params
 from quire.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def build_engine(
@@ -116,8 +121,8 @@ def build_tokenizer(config: ResolvedConfig) -> Tokenizer:
     return Tokenizer(config.checkpoint.folder, config.checkpoint.generation_config, template, timeout)
 
 
-def build_model(config: ResolvedConfig, host: PluginHost, progress: Progress | None = None) -> CausalLM:
-    """Load the model onto the device."""
+def build_layers(config: ResolvedConfig, host: PluginHost) -> PluginLayers:
+    """Where the model's layers get their operations and quantized forms from."""
     device = config.device.torch_device()
     op_sets = [
         (
@@ -127,10 +132,17 @@ def build_model(config: ResolvedConfig, host: PluginHost, progress: Progress | N
         for choice in config.op_sets
     ]
     operations = Operations(op_sets, config.ops)
-    layers = PluginLayers(operations, _quantization(config, host, operations))
+    return PluginLayers(operations, _quantization(config, host, operations))
+
+
+def build_model(
+    config: ResolvedConfig, host: PluginHost, progress: Progress | None = None, layers: PluginLayers | None = None
+) -> CausalLM:
+    """Load the model onto the device."""
+    layers = layers or build_layers(config, host)
     init = ModelInit(
         config=config.model_config,
-        device=device,
+        device=config.device.torch_device(),
         dtype=config.dtype,
         max_model_len=config.max_model_len,
         layers=layers,
@@ -156,6 +168,9 @@ def build_attention(config: ResolvedConfig, host: PluginHost, model: CausalLM) -
         options=_options(config, host, choice),
     )
     backend: AttentionBackend = choice.target(init)
+    somewhere = torch.zeros(1, 1, dtype=torch.int64)
+    if any(backend.sees(layer, somewhere, somewhere[0]) is not None for layer in init.layers):
+        logger.warning("attention %r leaves out keys on purpose: results are not the model's", choice.name)
     return backend
 
 
@@ -192,6 +207,9 @@ def _parts(front: Front, host: PluginHost, executor: Executor, blocks: int) -> E
             max_model_len=config.max_model_len,
             clock=clock,
             options=options,
+            needs_host_tokens=lambda params: any(
+                choice.target.needs_host_tokens(params) for choice in config.processors
+            ),
         ),
     )
     sinks = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ class AttentionHarness:
 
     device = "cpu"
     tolerance = TOLERANCE
+    options: Any = None
+    """The instance of `Provider.options` to construct it with, or None."""
 
     @pytest.fixture
     def backend_class(self) -> type[AttentionBackend]:
@@ -41,7 +44,7 @@ class AttentionHarness:
             pytest.skip("; ".join(reasons))
         layers = (placed(layer, self.device),)
         init = AttentionInit(torch.device(self.device), dtype, layers, block_size, MAX_ROWS, 512, 64, deterministic)
-        return backend_class(init)
+        return backend_class(replace(init, options=self.options))
 
     def run(
         self,
@@ -77,8 +80,9 @@ class AttentionHarness:
         """Run, and compare every row with the oracle."""
         out = self.run(backend_class, problem, **options)
         tolerance = self.tolerance[problem.q.dtype] + backend_class.caps.kv_tolerance
+        backend = self.make(backend_class, problem.layer, problem.q.dtype, problem.case.batch.block_size)
         start = 0
-        for count, exact in zip(problem.query_lens, problem.expected(), strict=True):
+        for count, exact in zip(problem.query_lens, problem.expected(backend), strict=True):
             torch.testing.assert_close(out[start : start + count].double(), exact, atol=tolerance, rtol=tolerance)
             start += count
         return out
