@@ -15,6 +15,7 @@ from quire.plugin import (
     QuantInit,
     QuantLinear,
     QuantLinearOp,
+    QuantLinearSpec,
     QuantMethod,
     QuantTensor,
     UnsupportedModel,
@@ -63,6 +64,13 @@ class CodesLinear(QuantLinear):
     @abstractmethod
     def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Codes, ...]:
         """The canonical form: of the whole, or of each source if their inputs are ordered differently."""
+
+    def has_zeros(self) -> bool:
+        """Whether zero points are anything but the middle, as far as settings and headers tell."""
+        return True
+
+    def operation(self) -> QuantLinearSpec:
+        return self.form.spec(self.spec, has_zeros=self.has_zeros())
 
     def tensors(self) -> tuple[QuantTensor, ...]:
         wanted = self.stored_tensors(self.spec.out_features)
