@@ -1,6 +1,7 @@
 """What the benchmark of quantized products plans, as far as a machine without a GPU can tell."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ from quire_quant.cuda_words import unit_of
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "cuda_quant.py"
 
 
-@pytest.fixture(scope="module")
-def benchmark():
+@pytest.fixture
+def benchmark(monkeypatch):
     spec = importlib.util.spec_from_file_location("cuda_quant", SCRIPT)
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
