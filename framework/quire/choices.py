@@ -33,7 +33,7 @@ def select_device(config: EngineConfig, host: PluginHost) -> tuple[Selection, De
     """The device to run on. Raises ConfigError."""
     choice = host.select("device", config.device)
     options = host.options_for(choice.provider, config.plugin_options)
-    device: Device = choice.target(DeviceInit(options=options))
+    device: Device = choice.make(DeviceInit(options=options))
     return choice, device
 
 

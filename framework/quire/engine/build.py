@@ -127,7 +127,7 @@ def build_layers(config: ResolvedConfig, host: PluginHost) -> PluginLayers:
     op_sets = [
         (
             choice.name,
-            choice.target(OpInit(device, config.max_num_batched_tokens, _options(config, host, choice))),
+            choice.make(OpInit(device, config.max_num_batched_tokens, _options(config, host, choice))),
         )
         for choice in config.op_sets
     ]
@@ -171,7 +171,7 @@ def build_attention(config: ResolvedConfig, host: PluginHost, model: CausalLM) -
         deterministic=config.config.deterministic,
         options=_options(config, host, choice),
     )
-    backend: AttentionBackend = choice.target(init)
+    backend: AttentionBackend = choice.make(init)
     somewhere = torch.zeros(1, 1, dtype=torch.int64)
     if any(backend.sees(layer, somewhere, somewhere[0]) is not None for layer in init.layers):
         logger.warning("attention %r leaves out keys on purpose: results are not the model's", choice.name)
@@ -186,8 +186,8 @@ def build_pipeline(config: ResolvedConfig, host: PluginHost, vocab_size: int) ->
         return SamplerInit(device, vocab_size, config.max_num_seqs, _options(config, host, choice))
 
     sampler = config.selected["sampler"]
-    processors = [(choice.provider.name, choice.target(init(choice))) for choice in config.processors]
-    return SamplingPipeline(sampler.target(init(sampler)), processors, init(sampler))
+    processors = [(choice.provider.name, choice.make(init(choice))) for choice in config.processors]
+    return SamplingPipeline(sampler.make(init(sampler)), processors, init(sampler))
 
 
 def _parts(front: Front, host: PluginHost, executor: Executor, blocks: int) -> EngineParts:
@@ -217,7 +217,7 @@ def _parts(front: Front, host: PluginHost, executor: Executor, blocks: int) -> E
         ),
     )
     sinks = [
-        (choice.provider.name, choice.target(MetricsInit(config.checkpoint.name, _options(config, host, choice))))
+        (choice.provider.name, choice.make(MetricsInit(config.checkpoint.name, _options(config, host, choice))))
         for choice in config.sinks
     ]
     return EngineParts(
@@ -231,6 +231,7 @@ def _parts(front: Front, host: PluginHost, executor: Executor, blocks: int) -> E
         chat=front.chat,
         on_step=_step_hook(host),
         num_kv_blocks=blocks,
+        blame=host.blame,
     )
 
 
@@ -263,7 +264,7 @@ def _quantization(config: ResolvedConfig, host: PluginHost, operations: Operatio
     if choice is None:
         return None
     stored = {name: (tensor.shape, tensor.dtype) for name, tensor in config.checkpoint.tensors.items()}
-    method: QuantMethod = choice.target(
+    method: QuantMethod = choice.make(
         QuantInit(
             config=config.checkpoint.quantization_config,
             stored=stored,
@@ -278,7 +279,7 @@ def _quantization(config: ResolvedConfig, host: PluginHost, operations: Operatio
 
 def _construct(config: ResolvedConfig, host: PluginHost, point: str, init: Callable[[Any], Any]) -> Any:
     choice = config.selected[point]
-    return choice.target(init(_options(config, host, choice)))
+    return choice.make(init(_options(config, host, choice)))
 
 
 def _options(config: ResolvedConfig, host: PluginHost, choice: Selection) -> Any:

@@ -60,6 +60,7 @@ class EngineParts:
     chat: ChatFormat
     on_step: Callable[[StepStats], None] | None
     num_kv_blocks: int
+    blame: Callable[[BaseException], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +220,13 @@ class Engine:
             result = flight.future.result()
         except Exception as error:
             self._failed_steps += 1
-            logger.exception("step %d failed; its %d requests end", schedule.step_id, len(schedule.rows))
+            where, ending = self.parts.blame(error), len(schedule.rows)
+            logger.exception("step %d failed%s; its %d requests end", schedule.step_id, where, ending)
             if self._failed_steps >= MAX_FAILED_STEPS:
-                raise EngineDead(f"{self._failed_steps} steps in a row failed, the last with: {error}") from error
-            text = f"the step failed: {type(error).__name__}: {error}"
+                raise EngineDead(
+                    f"{self._failed_steps} steps in a row failed, the last{where} with: {error}"
+                ) from error
+            text = f"the step failed{where}: {type(error).__name__}: {error}"
             rows = tuple(RowResult(row.request_id, error=text) for row in schedule.rows)
             return StepResult(schedule.step_id, rows)
         self._failed_steps = 0
