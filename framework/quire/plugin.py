@@ -4,6 +4,7 @@ A plugin imports this module and `quire.testing`, nothing else of Quire. What is
 `__all__` is covered by the API versions in `POINTS`.
 """
 
+from quire.caching import cache_folder
 from quire.contract.attention import (
     AttentionBackend,
     AttentionBatch,
@@ -19,7 +20,7 @@ from quire.contract.attention import (
     head_norm,
     split_qkv,
 )
-from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, MemoryInfo
+from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, HostCopy, MemoryInfo
 from quire.contract.executor import Executor, ExecutorInit, KVBudget
 from quire.contract.kv import NULL_BLOCK, Allocation, BlockCopy, KVAllocator, KVInit, KVStats, PrefixHit, PrefixQuery
 from quire.contract.metrics import MetricsInit, MetricsSink, RequestStats, StepStats
@@ -36,6 +37,8 @@ from quire.contract.ops import (
     OpInit,
     OpSet,
     OpSpec,
+    QuantLinearOp,
+    QuantLinearSpec,
     RMSNormOp,
     RMSNormSpec,
     elementwise,
@@ -85,6 +88,7 @@ from quire.errors import ConfigError, EngineError, PluginError, QuireError, Requ
 from quire.facade import EngineFacade, HostInfo
 from quire.hooks import hookimpl
 from quire.params import SamplingParams
+from quire.sampling.philox import seeded_uniform
 
 __all__ = [
     "ELEMENTWISE_TILE",
@@ -113,6 +117,7 @@ __all__ = [
     "GraphRunner",
     "GraphSupport",
     "HeadNorm",
+    "HostCopy",
     "HostInfo",
     "KVAllocator",
     "KVBudget",
@@ -148,6 +153,8 @@ __all__ = [
     "QKVStep",
     "QuantInit",
     "QuantLinear",
+    "QuantLinearOp",
+    "QuantLinearSpec",
     "QuantMethod",
     "QuantTensor",
     "QuireError",
@@ -184,8 +191,10 @@ __all__ = [
     "ToolCallStart",
     "UnsupportedModel",
     "apply_rotary",
+    "cache_folder",
     "elementwise",
     "head_norm",
     "hookimpl",
+    "seeded_uniform",
     "split_qkv",
 ]

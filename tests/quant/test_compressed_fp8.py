@@ -5,6 +5,7 @@ import torch
 from quire import LLM, SamplingParams, UnsupportedModel
 from quire.plugin import LinearSpec, QuantInit
 from quire.testing.certify import conformance
+from quire.testing.quantization import reference_op
 from quire.testing.tiny_models import reference_model
 from quire_quant.bits import pack
 from quire_quant.compressed import CompressedTensorsMethod
@@ -29,7 +30,9 @@ def headers(tensors, name=NAME):
 
 def dequantized(method_class, settings, tensors, outputs, inputs):
     spec = LinearSpec(inputs, outputs, False, torch.float64, name=NAME)
-    linear = method_class(QuantInit(settings, headers(tensors), CPU, torch.float64)).linear(spec, (spec,))
+    linear = method_class(QuantInit(settings, headers(tensors), CPU, torch.float64, op=reference_op)).linear(
+        spec, (spec,)
+    )
     return linear.dequantize(linear.finalize(tensors, CPU))
 
 

@@ -77,7 +77,7 @@ def _parameter(name: str) -> inspect.Parameter:
 def _metavar(description: str) -> str:
     if "'float32'" in description:
         return description.replace("'", "").replace(" or ", "|").upper()
-    words = [("integer", "N"), ("list", "A,B"), ("text", "TEXT")]
+    words = [("true or false", "TRUE|FALSE"), ("integer", "N"), ("list", "A,B"), ("text", "TEXT")]
     found = next(short for word, short in words if word in description)
     return f"{found}|AUTO" if "'auto'" in description else found
 

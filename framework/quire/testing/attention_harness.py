@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ class AttentionHarness:
 
     device = "cpu"
     tolerance = TOLERANCE
+    options: Any = None
+    """The instance of `Provider.options` to construct it with, or None."""
 
     @pytest.fixture
     def backend_class(self) -> type[AttentionBackend]:
@@ -41,7 +44,9 @@ class AttentionHarness:
             pytest.skip("; ".join(reasons))
         layers = (placed(layer, self.device),)
         init = AttentionInit(torch.device(self.device), dtype, layers, block_size, MAX_ROWS, 512, 64, deterministic)
-        return backend_class(init)
+        backend = backend_class(replace(init, options=self.options))
+        assert hasattr(backend, "init"), "`__init__` must call super().__init__(init)"
+        return backend
 
     def run(
         self,
@@ -67,7 +72,9 @@ class AttentionHarness:
             assert same.all(), "write_kv changed a slot that is not in slot_mapping"
         written = [cache.clone() for cache in caches]
         out = problem.q.new_full((batch.num_tokens, layer.num_heads, layer.v_head_dim), float("nan"))
-        backend.forward(layer, problem.q, k, v, caches, batch, backend.plan(batch), out)
+        answer: object = backend.forward(layer, problem.q, k, v, caches, batch, backend.plan(batch), out)
+        assert answer is None, f"forward returned a {type(answer).__name__}; it must write into `out` and return None"
+        assert not out.isnan().all(), "forward wrote nothing into `out`"
         for cache, old in zip(caches, written, strict=True):
             assert torch.isclose(cache.float(), old.float(), rtol=0, atol=0, equal_nan=True).all(), "forward wrote KV"
         assert torch.isfinite(out).all(), "the result must be finite, padding included"
@@ -77,8 +84,9 @@ class AttentionHarness:
         """Run, and compare every row with the oracle."""
         out = self.run(backend_class, problem, **options)
         tolerance = self.tolerance[problem.q.dtype] + backend_class.caps.kv_tolerance
+        backend = self.make(backend_class, problem.layer, problem.q.dtype, problem.case.batch.block_size)
         start = 0
-        for count, exact in zip(problem.query_lens, problem.expected(), strict=True):
+        for count, exact in zip(problem.query_lens, problem.expected(backend), strict=True):
             torch.testing.assert_close(out[start : start + count].double(), exact, atol=tolerance, rtol=tolerance)
             start += count
         return out

@@ -114,7 +114,7 @@ class AttentionPromises(AttentionHarness):
         backend.plan(static)
         out = problem.q.new_empty(static.num_tokens, problem.layer.num_heads, problem.layer.v_head_dim)
         backend.forward(problem.layer, problem.q, k, v, caches, static, captured, out)
-        exact = torch.cat(second.expected())
+        exact = torch.cat(second.expected(backend))
         torch.testing.assert_close(out.cpu().double(), exact, atol=self.tolerance[torch.float32], rtol=1e-4)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

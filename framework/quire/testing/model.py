@@ -14,11 +14,12 @@ from quire.contract.attention import AttentionBackend, AttentionInit, KVCaches
 from quire.contract.model import CausalLM, ModelInit, ModelSpec, StepContext
 from quire.contract.ops import OpInit, OpSet
 from quire.errors import UnsupportedModel
-from quire.layers.factory import PluginLayers
+from quire.layers.factory import Operations, PluginLayers
 from quire.loader.checkpoint import read_checkpoint
 from quire.loader.load import load_model
+from quire.registry import build_host
 from quire.testing.batches import make_batch
-from quire.testing.tiny_models import make_checkpoint, reference_model
+from quire.testing.tiny_models import architecture_of, make_checkpoint, reference_model
 
 BLOCK_SIZE = 8
 MAX_LEN = 128
@@ -70,15 +71,18 @@ class PagedRun:
 
 
 class ModelConformance:
-    """Holds a model spec against transformers. Subclass, and give the three fixtures."""
+    """Holds a model spec against transformers. Subclass, and give the fixture `spec`."""
 
     tolerance = 1e-4
     """Largest absolute difference of float32 logits."""
 
     @pytest.fixture
-    def architecture(self) -> str:
-        """A name in `quire.testing.tiny_models.ARCHITECTURES`."""
-        raise pytest.UsageError("define the fixture `architecture`")
+    def architecture(self, spec: ModelSpec) -> str:
+        """A name in `quire.testing.tiny_models.ARCHITECTURES`; by default the first that the spec serves."""
+        name = architecture_of(spec)
+        if name is None:
+            raise pytest.UsageError(f"no small checkpoint is known for {sorted(spec.architectures)}; see tiny_models")
+        return name
 
     @pytest.fixture
     def spec(self) -> ModelSpec:
@@ -87,8 +91,9 @@ class ModelConformance:
 
     @pytest.fixture
     def parts(self) -> tuple[type[AttentionBackend], type[OpSet]]:
-        """The attention backend and op set to run it on."""
-        raise pytest.UsageError("define the fixture `parts`")
+        """The attention backend and op set to run it on; by default the references."""
+        host = build_host()
+        return host.load("attention", "cpu_ref"), host.load("op", "torch")
 
     @pytest.fixture
     def folder(self, architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -108,7 +113,7 @@ class ModelConformance:
         checkpoint = read_checkpoint("test", folder)
         assert spec.why_not(checkpoint.config) == []
         device = torch.device("cpu")
-        layers = PluginLayers([("ops", parts[1](OpInit(device, 256)))], {})
+        layers = PluginLayers(Operations([("ops", parts[1](OpInit(device, 256)))], {}))
         config = spec.config_from_hf(checkpoint.config)
         init = ModelInit(config, device, dtype, MAX_LEN, layers, deterministic, str(folder), checkpoint.stored_rows)
         model = load_model(checkpoint, spec, init)

@@ -8,11 +8,32 @@ import pytest
 import torch
 from torch import Tensor
 
-from quire.contract.ops import GatedActSpec, LinearSpec, MoESpec, OpInit, OpSet, OpSpec, RMSNormSpec
+from quire.contract.ops import (
+    GatedActSpec,
+    LinearSpec,
+    MoESpec,
+    OpInit,
+    OpSet,
+    OpSpec,
+    QuantLinearSpec,
+    RMSNormSpec,
+    Zeros,
+)
 from quire.testing.placement import placed
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 ROWS = (0, 1, 2, 3, 7, 16, 17, 33, 130)
+CODES = (
+    (4, 32, "middle"),
+    (4, 128, "integer"),
+    (4, 24, "real"),
+    (4, 192, "integer"),
+    (3, 32, "integer"),
+    (2, 96, "real"),
+    (8, 128, "middle"),
+    (8, 50, "integer"),
+)
+"""bits, group size and zeros of the quantized layers of 192 inputs that are tried; some groups are cut short."""
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -102,6 +123,30 @@ class OpConformance:
             exact = x.double() @ weight.double().T + (offset.double() if offset is not None else 0.0)
             self.close(op(x, state), exact, dtype)
 
+    @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+    @pytest.mark.parametrize("outputs", [70, 96])
+    @pytest.mark.parametrize("code", CODES, ids=str)
+    def test_quant_linear(self, op_set: OpSet, code: tuple[int, int, Zeros], outputs: int, dtype: torch.dtype) -> None:
+        """`weight` is what the codes mean, and rows, contiguous or not, are multiplied by it.
+
+        If it fails: a weight is (code - zero) · scale of its group, the last group may be cut short, and without zeros
+        the middle is 2**(bits - 1).
+        """
+        bits, group_size, kind = code
+        spec = QuantLinearSpec(192, outputs, bits, group_size, kind, dtype)
+        op, generator = self.build(op_set, spec), _seeded(bits)
+        codes, scales, zeros = quantized(spec, generator)
+        state = op.pack(codes.clone(), scales.clone(), None if zeros is None else zeros.clone())
+        weight = op.weight(state)
+        self.close(weight, _meaning(spec, codes, scales, zeros), dtype)
+        bias = torch.randn(outputs, generator=generator).to(dtype)
+        for rows in ROWS:
+            wide = torch.randn(rows, 200, generator=generator).to(dtype)
+            for x in (wide[:, 3:195], wide[:, 3:195].contiguous()):
+                exact = x.double() @ weight.double().T
+                self.close(op(x, state), exact, dtype)
+                self.close(op(x, state, bias), exact + bias.double(), dtype)
+
     @pytest.mark.parametrize("renormalize", [False, True])
     @pytest.mark.parametrize("deterministic", [False, True])
     @pytest.mark.parametrize("rows", ROWS)
@@ -127,7 +172,7 @@ class OpConformance:
         self.close(op(x, logits, up, down), exact, torch.float32)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("kind", ["linear", "rms_norm", "gated_act"])
+    @pytest.mark.parametrize("kind", ["linear", "quant_linear", "rms_norm", "gated_act"])
     def test_values_of_neighbours_do_not_matter(self, op_set: OpSet, kind: str, dtype: torch.dtype) -> None:
         """In a batch of one size a row's bits depend on that row alone, deterministic form or not; NaN and large values
         in other rows stay there.
@@ -144,7 +189,7 @@ class OpConformance:
             assert torch.equal(function(changed)[4], alone), f"{kind} sees {other} in other rows"
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("kind", ["linear", "rms_norm", "gated_act", "odd gated_act", "moe"])
+    @pytest.mark.parametrize("kind", ["linear", "quant_linear", "rms_norm", "gated_act", "odd gated_act", "moe"])
     def test_deterministic_forms_do_not_see_their_neighbours(
         self, op_set: OpSet, kind: str, dtype: torch.dtype
     ) -> None:
@@ -175,10 +220,32 @@ class OpConformance:
             up = torch.randn(4, 82, size, generator=_seeded(3)).to(dtype) / 50
             down = torch.randn(4, size, 41, generator=_seeded(4)).to(dtype) / 50
             return lambda x: moe(x, x[:, :4].contiguous(), up, down)
+        if kind == "quant_linear":
+            spec = QuantLinearSpec(size, 208, 4, 32, "integer", dtype, deterministic)
+            quant = self.build(op_set, spec)
+            packed = quant.pack(*quantized(spec, _seeded(5)))
+            return lambda x: quant(x, packed)
         linear = self.build(op_set, LinearSpec(size, 200, True, dtype, deterministic))
         weight = torch.randn(200, size, generator=_seeded(1)).to(dtype)
         state = linear.pack(weight, torch.randn(200, generator=_seeded(2)).to(dtype))
         return lambda x: linear(x, state)
+
+
+def quantized(spec: QuantLinearSpec, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Random codes uint8 [N, K], scales and zeros float32 [N, G], of weights with a norm of about one per output."""
+    top, groups = 1 << spec.bits, (spec.out_features, spec.num_groups)
+    codes = torch.randint(0, top, (spec.out_features, spec.in_features), generator=generator, dtype=torch.uint8)
+    scales = ((torch.rand(groups, generator=generator) + 0.5) / (top * spec.in_features**0.5)).half().float()
+    zeros = torch.rand(groups, generator=generator) * (top - 1)
+    return codes, scales, {"middle": None, "integer": zeros.round(), "real": zeros}[spec.zeros]
+
+
+def _meaning(spec: QuantLinearSpec, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """The weight float64 [N, K] of codes."""
+    group = torch.arange(spec.in_features) // spec.group_size
+    middle = float(1 << (spec.bits - 1))
+    shift = middle if zeros is None else zeros.double()[:, group]
+    return (codes.double() - shift) * scales.double()[:, group]
 
 
 class _Placed:
@@ -189,6 +256,9 @@ class _Placed:
 
     def pack(self, *tensors: Tensor | None) -> Any:
         return self._op.pack(*placed(tensors, self._device))
+
+    def weight(self, state: Any) -> Any:
+        return placed(self._op.weight(state), "cpu")
 
     def __call__(self, *arguments: Any) -> Any:
         moved = [placed(item, self._device) if isinstance(item, Tensor) else item for item in arguments]

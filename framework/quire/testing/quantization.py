@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quire.contract.ops import LinearSpec
+from quire.contract.ops import LinearSpec, OpSpec, QuantLinearSpec
 from quire.contract.quant import QuantInit, QuantLinear, QuantMethod
 
 ROWS = (0, 1, 3, 16, 17, 130)
@@ -21,6 +21,33 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 Sample = Callable[[int, int, int], tuple[Mapping[str, Tensor], Tensor]]
 """(in_features, out_features, seed) -> a layer's tensors as a checkpoint stores them, the weight [N, K] they mean."""
+
+
+class ReferenceQuantLinear:
+    """`quant_linear` by its definition: the weight is kept whole, each row is multiplied in float64, alone."""
+
+    def __init__(self, spec: QuantLinearSpec) -> None:
+        self.spec = spec
+
+    def pack(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        group = torch.arange(self.spec.in_features) // self.spec.group_size
+        shift = float(1 << (self.spec.bits - 1)) if zeros is None else zeros[:, group]
+        return ((codes.float() - shift) * scales[:, group]).to(self.spec.dtype)
+
+    def __call__(self, x: Tensor, state: Tensor, bias: Tensor | None = None) -> Tensor:
+        out = x.new_empty(x.shape[0], self.spec.out_features)
+        for row, values in enumerate(x.double()):
+            out[row] = (state.double() * values).sum(-1).to(x.dtype)
+        return out if bias is None else out + bias
+
+    def weight(self, state: Tensor) -> Tensor:
+        return state
+
+
+def reference_op(spec: OpSpec) -> ReferenceQuantLinear:
+    """What methods under test multiply with: `QuantInit.op`. Kernels are tested by their own op sets' kit."""
+    assert isinstance(spec, QuantLinearSpec)
+    return ReferenceQuantLinear(spec)
 
 
 class QuantizationConformance:
@@ -37,6 +64,8 @@ class QuantizationConformance:
     """Makes layers in the checkpoint's format (a static method); None: the method quantizes when it loads."""
     options: object = None
     """The instance of `Provider.options` to construct it with, or None."""
+    op: Callable[[OpSpec], Any] = staticmethod(reference_op)
+    """What it multiplies with, `QuantInit.op`."""
     rounding = 0.15
     """Largest relative error of a weight that is quantized when it is loaded."""
 
@@ -47,7 +76,7 @@ class QuantizationConformance:
 
     def init(self, dtype: torch.dtype) -> QuantInit:
         """What the method is made from, but for the names of stored tensors."""
-        return QuantInit(self.config, {}, torch.device("cpu"), dtype, self.options)
+        return QuantInit(self.config, {}, torch.device("cpu"), dtype, self.options, type(self).op)
 
     def method(self, method_class: type[QuantMethod], specs: Sequence[LinearSpec]) -> QuantMethod:
         """The method for a checkpoint that stores these layers."""

@@ -1,10 +1,11 @@
-"""The one form that every integer format is decoded to, and every kernel packs from."""
+"""The one form that every integer format is decoded to, and every operation packs from."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from quire.plugin import LinearSpec, QuantLinearSpec
 from torch import Tensor
 
 
@@ -18,6 +19,19 @@ class Form:
 
     bits: int
     group_size: int
+
+    def spec(self, layer: LinearSpec, *, has_zeros: bool) -> QuantLinearSpec:
+        """The operation that multiplies by such codes of a layer."""
+        return QuantLinearSpec(
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+            bits=self.bits,
+            group_size=self.group_size,
+            zeros="integer" if has_zeros else "middle",
+            dtype=layer.dtype,
+            deterministic=layer.deterministic,
+            name=layer.name,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +51,14 @@ class Codes:
     zeros: Tensor | None = None
     perm: Tensor | None = None
 
-    def zero_points(self) -> Tensor:
+    @property
+    def float_zeros(self) -> Tensor | None:
         """Zeros as float32 [N, G]."""
-        if self.zeros is not None:
-            return self.zeros.float()
-        return torch.full(self.scales.shape, float(1 << (self.form.bits - 1)), device=self.scales.device)
+        return None if self.zeros is None else self.zeros.float()
+
+    def spec(self, layer: LinearSpec) -> QuantLinearSpec:
+        """The operation that multiplies by them, in a layer that has these outputs among others."""
+        return self.form.spec(replace(layer, out_features=len(self.codes)), has_zeros=self.zeros is not None)
 
     def to(self, device: torch.device) -> Codes:
         """The same on a device."""
