@@ -13,6 +13,9 @@ TEXT = "tests/tokenizer"
 CUDA = "tests/cuda_paged/test_cuda_attention.py"
 CUDA_OPS = "tests/cuda_paged/test_cuda_ops.py"
 REMOTE = "tests/remote/test_remote_engine.py"
+QUANT_WORDS = "tests/quant_cuda/test_words.py"
+QUANT_CUDA = "tests/quant_cuda/test_kernels.py"
+QUANT_FLOAT8 = "tests/quant_cuda/test_float8.py"
 DETERMINISTIC = "tests/engine/test_deterministic.py"
 
 
@@ -36,6 +39,13 @@ SAMPLER = "framework/quire/sampling/sampler.py"
 PROCESSORS = "framework/quire/sampling/processors.py"
 KERNELS = "plugins/cuda_paged/quire_cuda_paged/kernels.py"
 ROW_KERNELS = "plugins/cuda_paged/quire_cuda_paged/row_kernels.py"
+WORDS = "plugins/quant/quire_quant/cuda_words.py"
+CODE_KERNELS = "plugins/quant/quire_quant/cuda_kernels.py"
+CODE_LAUNCHES = "plugins/quant/quire_quant/cuda_launches.py"
+FLOAT8_LINEAR = "plugins/quant/quire_quant/float8_linear.py"
+FLOAT8_KERNELS = "plugins/quant/quire_quant/float8_kernels.py"
+SCALED_MM = "plugins/quant/quire_quant/scaled_mm.py"
+CODE_LINEAR = "plugins/quant/quire_quant/cuda_linear.py"
 LEDGER = "framework/quire/remote/ledger.py"
 BUILDER = "framework/quire/engine/batch.py"
 ROWS = "framework/quire/engine/rows.py"
@@ -256,6 +266,13 @@ MUTANTS = (
     ),
     Mutant("overlap: one buffer for all steps", STAGING, "IN_FLIGHT = 2", "IN_FLIGHT = 1", BATCH),
     Mutant(
+        "overlap: a step that brings nothing is not waited for",
+        RUNNER,
+        "copy = self._parts.device.copy_to_host(tensors)",
+        "copy = self._parts.device.copy_to_host(tensors) if tensors else HostCopy(())",
+        OVERLAP,
+    ),
+    Mutant(
         "overlap: the token is not kept for the next step",
         RUNNER,
         "        self._rows.store(sampling.places, result.token_ids)\n",
@@ -463,5 +480,152 @@ MUTANTS = (
         "tl.store(k_cache_ptr + slot * k_slot + at, k.to(",
         "tl.store(k_cache_ptr + slot * k_slot + at, tl.load(qkv + HEADS * D + at, mask=inside, other=0.0).to(",
         CUDA,
+    ),
+    Mutant(
+        "quant cuda: nibbles in the order of inputs",
+        WORDS,
+        "4 * (segment + 4 * half)",
+        "4 * (2 * segment + half)",
+        QUANT_WORDS,
+    ),
+    Mutant(
+        "quant cuda: scales of the wrong group",
+        WORDS,
+        "first // group_size",
+        "first // unit",
+        QUANT_WORDS,
+    ),
+    Mutant(
+        "quant cuda: a unit that a group ends within",
+        WORDS,
+        "if group_size % unit == 0",
+        "if group_size >= unit",
+        QUANT_WORDS,
+    ),
+    Mutant(
+        "quant cuda: scales cut to float16",
+        WORDS,
+        "if torch.equal(scales.to(dtype).to(scales.dtype), scales):",
+        "if True:",
+        QUANT_WORDS,
+    ),
+    Mutant(
+        "quant cuda: halves taken from the wrong bits",
+        CODE_KERNELS,
+        "(((shifted >> 16) & 0xF) | bits)",
+        "(((shifted >> 4) & 0xF) | bits)",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: lop3 with another table",
+        CODE_KERNELS,
+        "0x43004300, 0xEA",
+        "0x43004300, 0xE8",
+        QUANT_WORDS,
+    ),
+    Mutant(
+        "quant cuda: the offset stays in the sums",
+        CODE_KERNELS,
+        "(part - sums * zero[None, :])",
+        "(part - sums * (zero - OFFSET)[None, :])",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: inputs beyond the last are read",
+        CODE_KERNELS,
+        "ok = ok & (k < inputs)[None, :]",
+        "ok = ok",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: the first to arrive adds",
+        CODE_KERNELS,
+        'sem="acq_rel") == SPLIT - 1',
+        'sem="acq_rel") == 0',
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: counters are left as they are",
+        CODE_KERNELS,
+        "            tl.store(count_ptr + counter, 0)\n",
+        "",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: the bias is lost when inputs are split",
+        CODE_KERNELS,
+        "(total + bias).to(",
+        "total.to(",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: wide products take the wrong inputs",
+        CODE_KERNELS,
+        "m, k - 32, rows",
+        "m, k, rows",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: halves before segments",
+        CODE_KERNELS,
+        "both.permute(0, 3, 2, 1)",
+        "both.permute(0, 2, 3, 1)",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: the deterministic split depends on the rows",
+        CODE_LINEAR,
+        "split = self._split(launch, MIN_BLOCK_M, state.words)",
+        "split = self._split(launch, len(x), state.words)",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: every part is the first",
+        CODE_LINEAR,
+        "self._dequantized(words, start, end)",
+        "self._dequantized(words, 0, end - start)",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: splits without work",
+        CODE_LAUNCHES,
+        "and input_tiles >= 2 * split * SPLIT_TILES",
+        "and input_tiles >= split",
+        QUANT_WORDS,
+    ),
+    Mutant(
+        "quant cuda: float8 rows are not padded",
+        FLOAT8_LINEAR,
+        "pad(x, (0, 0, 0, -len(x) % ROWS))",
+        "x",
+        QUANT_FLOAT8,
+    ),
+    Mutant(
+        "quant cuda: float8 scales lie row by row",
+        FLOAT8_LINEAR,
+        "scales = scales.t() if groups > 1 else scales.view(rows, 1)",
+        "scales = scales.t().contiguous()",
+        QUANT_FLOAT8,
+    ),
+    Mutant(
+        "quant cuda: the bias of blocks is lost",
+        FLOAT8_LINEAR,
+        "product[:rows] + bias if blocks and bias is not None else product[:rows]",
+        "product[:rows]",
+        QUANT_FLOAT8,
+    ),
+    Mutant(
+        "quant cuda: float8 scales of another maximum",
+        FLOAT8_KERNELS,
+        "top / 448.0)",
+        "top / 240.0)",
+        QUANT_FLOAT8,
+    ),
+    Mutant(
+        "quant cuda: scales of blocks without whole rows of four",
+        SCALED_MM,
+        "BLOCK_ROWS * BLOCK[1]",
+        "BLOCK[1]",
+        QUANT_FLOAT8,
     ),
 )

@@ -24,7 +24,7 @@ from quire.host.suggest import suggest
 
 ENV_PREFIX = "QUIRE_"
 SPECIAL_VARIABLES = ("QUIRE_LOG_LEVEL", "QUIRE_PLUGINS", "QUIRE_CACHE_DIR")
-"""Level of the program's log, list of allowed plugins, folder of downloaded models."""
+"""Level of the program's log, list of allowed plugins, folder of downloaded models and of what plugins compile."""
 
 
 def at(path: str, default: Any, **bounds: Any) -> Any:

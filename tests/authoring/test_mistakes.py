@@ -42,7 +42,7 @@ MISTAKES = {
     "misspelt class": (INIT, ":MineAttention", ":MineAtention", BY_NAME, "did you mean 'MineAttention'?"),
     "misspelt module": (INIT, ".attention:Mine", ".atention:Mine", BY_NAME, "correct the path"),
     "target without a colon": (INIT, "attention:Mine", "attention.Mine", BY_NAME, "'package.module:attribute'"),
-    "another API version": (INIT, "api=1", "api=2", BY_NAME, "needs API version 2"),
+    "another API version": (INIT, "api=1", "api=2", BY_NAME, "serves 1; pip install --upgrade quire"),
     "no API version": (INIT, "        api=1,\n", "", BY_NAME, "missing 1 required positional argument: 'api'"),
     "misspelt point": (INIT, '"attention"', '"atention"', BY_NAME, "did you mean 'attention'?"),
     "misspelt options": (INIT, ":MineOptions", ":MineOption", BY_NAME, "did you mean 'MineOptions'?"),
@@ -152,7 +152,7 @@ def test_the_message_names_the_mend(mistake, folder, installer, quire):
 def test_what_is_not_installed_says_how_it_would_be_found(arguments, folder, quire):
     code, _, told = quire(*arguments)
     assert code == 2
-    assert "with an entry point in the group 'quire': `pip install -e .` in its folder" in told
+    assert "with an entry point in the group 'quire'; for your own, run `pip install -e .`" in told
 
 
 def test_without_a_mistake_it_answers(folder, installer, quire):

@@ -22,6 +22,13 @@ class Short(logging.Formatter):
         return f"{record.levelname.lower()}: {record.getMessage()}{reason}"
 
 
+def log_information() -> None:
+    """For a command that runs long: its log says what happens too, unless the user has chosen the level."""
+    quire = logging.getLogger("quire")
+    if special_variable("QUIRE_LOG_LEVEL") is None and quire.level > logging.INFO:
+        quire.setLevel(logging.INFO)
+
+
 def set_up_logging(debug: bool, trace: bool = False) -> None:
     """Send the log of `quire` to stderr, at the level of QUIRE_LOG_LEVEL; with `trace` each step of the plugin host.
 

@@ -17,7 +17,7 @@ from quire.contract.attention import AttentionBackend, AttentionInit
 from quire.contract.executor import Executor, ExecutorInit
 from quire.contract.kv import KVAllocator, KVInit
 from quire.contract.metrics import MetricsInit, StepStats
-from quire.contract.model import CausalLM, ModelInit
+from quire.contract.model import CausalLM, LayerFactory, ModelInit
 from quire.contract.ops import OpInit
 from quire.contract.quant import QuantInit, QuantMethod
 from quire.contract.sampling import SamplerInit
@@ -139,8 +139,13 @@ def build_model(
     config: ResolvedConfig, host: PluginHost, progress: Progress | None = None, layers: PluginLayers | None = None
 ) -> CausalLM:
     """Load the model onto the device."""
-    layers = layers or build_layers(config, host)
-    init = ModelInit(
+    init = model_init(config, layers or build_layers(config, host))
+    return load_model(config.checkpoint, config.spec, init, progress or TerminalProgress())
+
+
+def model_init(config: ResolvedConfig, layers: LayerFactory) -> ModelInit:
+    """All that the model is built from."""
+    return ModelInit(
         config=config.model_config,
         device=config.device.torch_device(),
         dtype=config.dtype,
@@ -150,7 +155,6 @@ def build_model(
         checkpoint=str(config.checkpoint.folder),
         stored_rows=config.checkpoint.stored_rows,
     )
-    return load_model(config.checkpoint, config.spec, init, progress or TerminalProgress())
 
 
 def build_attention(config: ResolvedConfig, host: PluginHost, model: CausalLM) -> AttentionBackend:

@@ -195,7 +195,8 @@ class Runner:
         tensors = [prompt.figures for prompt in prompts.values()]
         if sampled is not None:
             tensors += sampled.tensors()
-        copy = self._parts.device.copy_to_host(tensors) if tensors else HostCopy(())
+        # Also if there is nothing to bring: the step's buffer is free for another one when the copy was waited for.
+        copy = self._parts.device.copy_to_host(tensors)
         times.sample += times.lap()
         return _Running(rows, sampled, prompts, copy)
 

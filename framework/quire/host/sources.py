@@ -16,6 +16,7 @@ from quire.version import __version__
 
 GROUP = "quire"
 CORE = "core"
+DISTRIBUTION = "quire"
 
 
 class EntryPoint(Protocol):
@@ -38,7 +39,7 @@ class PluginSource:
 
 def core_source() -> PluginSource:
     """The core's own providers, which come through the same door as anybody's."""
-    return PluginSource(CORE, "quire", __version__, lambda: importlib.import_module("quire.builtin"))
+    return PluginSource(CORE, DISTRIBUTION, __version__, lambda: importlib.import_module("quire.builtin"))
 
 
 def installed_sources(found: Iterable[EntryPoint]) -> list[PluginSource]:
@@ -69,8 +70,8 @@ def why_not_found(name: str) -> str:
             owner = point.dist.name if point.dist is not None else "a distribution"
             return f"{owner} has it as an entry point of the group {point.group!r}; the group must be {GROUP!r}"
     return (
-        f"a plugin is found once it is installed for {sys.executable}, with an entry point in the group {GROUP!r}: "
-        "`pip install -e .` in its folder, again after a change of pyproject.toml"
+        f"a plugin is found once it is installed for {sys.executable}, with an entry point in the group {GROUP!r}; "
+        "for your own, run `pip install -e .` in its folder, again after a change of pyproject.toml"
     )
 
 

@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from quire.plugin import LinearSpec, QuantInit, QuantLinear, QuantLinearOp, QuantMethod, QuantTensor, UnsupportedModel
+from quire.plugin import (
+    GraphSupport,
+    LinearSpec,
+    QuantInit,
+    QuantLinear,
+    QuantLinearOp,
+    QuantLinearSpec,
+    QuantMethod,
+    QuantTensor,
+    UnsupportedModel,
+)
 from torch import Tensor
 
 from quire_quant.codes import Codes, Form
@@ -38,6 +48,8 @@ class CodesLinear(QuantLinear):
         form: bits and group of its codes. method: what it belongs to.
     """
 
+    graph = GraphSupport.ANY
+
     def __init__(self, spec: LinearSpec, sources: tuple[LinearSpec, ...], form: Form, method: CheckpointMethod) -> None:
         super().__init__(spec)
         self.sources, self.form = sources, form
@@ -52,6 +64,13 @@ class CodesLinear(QuantLinear):
     @abstractmethod
     def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Codes, ...]:
         """The canonical form: of the whole, or of each source if their inputs are ordered differently."""
+
+    def has_zeros(self) -> bool:
+        """Whether zero points are anything but the middle, as far as settings and headers tell."""
+        return True
+
+    def operation(self) -> QuantLinearSpec:
+        return self.form.spec(self.spec, has_zeros=self.has_zeros())
 
     def tensors(self) -> tuple[QuantTensor, ...]:
         wanted = self.stored_tensors(self.spec.out_features)
