@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from quire.plugin import OpInit, OpSet, OpSpec, QuantLinearSpec, UnsupportedModel
+from quire.plugin import GraphSupport, OpInit, OpSet, OpSpec, QuantLinearSpec, UnsupportedModel
 from torch import Tensor
 from torch.nn import functional
 
@@ -44,6 +44,9 @@ class CudaQuantOps(OpSet):
     def __init__(self, init: OpInit) -> None:
         super().__init__(init)
         self._gpu = gpu_of(init.device)
+
+    def graph_support(self, spec: OpSpec) -> GraphSupport:
+        return GraphSupport.ANY
 
     def why_not(self, spec: OpSpec) -> list[str]:
         reasons = super().why_not(spec)

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from quire.plugin import LinearSpec, QuantInit, QuantLinear, QuantMethod, QuantTensor, UnsupportedModel
+from quire.plugin import GraphSupport, LinearSpec, QuantInit, QuantLinear, QuantMethod, QuantTensor, UnsupportedModel
 from torch import Tensor
 
 from quire_quant.codes import per_column
@@ -76,6 +76,8 @@ def may_fuse_fp8(init: QuantInit, sources: tuple[LinearSpec, ...], block: tuple[
 
 class FP8Linear(QuantLinear):
     """weight float8 [N, K]; its scale [], [1], [N], [N, 1] or [ceil(N / block), ceil(K / block)]."""
+
+    graph = GraphSupport.ANY
 
     def __init__(
         self, spec: LinearSpec, sources: tuple[LinearSpec, ...], init: QuantInit, block: tuple[int, int]
