@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,16 @@ def interpreter(monkeypatch):
         return interpreter.TensorHandle(nearest.astype(np.uint16), tl.bfloat16)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
+    exact_narrowing = interpreter.InterpreterBuilder.create_fp_to_fp
+
+    def narrowed(self, source, target, mode):
+        """The same of float8."""
+        if source.dtype.scalar != tl.float32 or target.scalar != tl.float8e4nv:
+            return exact_narrowing(self, source, target, mode)
+        nearest = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn)
+        return interpreter.TensorHandle(nearest.view(torch.uint8).numpy(), tl.float8e4nv)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", narrowed)
     patch_tensor = interpreter._patch_lang_tensor
 
     def with_index(tensor, *rest):

@@ -30,7 +30,7 @@ from quire.engine.emission import Emission
 from quire.engine.intake import Intake, Prompt, Submission
 from quire.engine.metrics import Metrics, StepTimes, step_stats
 from quire.engine.view import engine_view
-from quire.errors import EngineDead, RequestError
+from quire.errors import EngineDead, PluginError, RequestError
 from quire.facade import EngineFacade, EngineView
 from quire.outputs import OutputDelta
 from quire.params import SamplingParams
@@ -146,7 +146,7 @@ class Engine:
     def step(self) -> list[OutputDelta]:
         """Launch one step, and end the one that is due; what that added. Raises EngineDead if several fail in a row."""
         started = time.perf_counter()
-        schedule = self.parts.scheduler.schedule()
+        schedule = self._scheduled()
         scheduled = time.perf_counter()
         self.parts.metrics.scheduled(schedule)
         future = self._launch(schedule)
@@ -231,6 +231,15 @@ class Engine:
             return StepResult(schedule.step_id, rows)
         self._failed_steps = 0
         return result
+
+    def _scheduled(self) -> Schedule:
+        """The next schedule. Raises PluginError if a plugin's policy, scheduler or allocator fails."""
+        try:
+            return self.parts.scheduler.schedule()
+        except Exception as error:
+            if where := self.parts.blame(error):
+                raise PluginError(f"scheduling failed{where}: {type(error).__name__}: {error}") from error
+            raise
 
     def _report(self, stats: StepStats) -> None:
         self._steps.append(stats)

@@ -17,7 +17,7 @@ from quire.errors import ConfigError
 from quire.host.objects import first_line, import_object, why_not_a, why_not_imported
 from quire.host.options import owner_of, validated
 from quire.host.reports import Candidate, PluginReport, Rejection, Selection
-from quire.host.sources import CORE, why_not_found
+from quire.host.sources import CORE, DISTRIBUTION, why_not_found
 from quire.host.suggest import suggest
 from quire.host.trace import Step
 from quire.host.trace import logger as trace
@@ -37,7 +37,9 @@ class Catalog:
         self.reports: dict[str, PluginReport] = {}
 
     def providers(self, point: str) -> list[tuple[Provider, str]]:
-        """All providers of a point with their plugin's name: highest priority first, then by name.
+        """All providers of a point with their plugin's name: highest priority first, then Quire's own, then by name.
+
+        So what is installed beside Quire displaces nothing of it, unless it claims a higher priority.
 
         Raises:
             ConfigError: there is no such point.
@@ -45,7 +47,8 @@ class Catalog:
         if point not in self.points:
             raise ConfigError(f"{point!r} is not an extension point", remedy=suggest(point, self.points))
         found = [pair for pair in self._owned() if pair[0].point == point]
-        return sorted(found, key=lambda pair: (-pair[0].priority, pair[0].name, pair[1]))
+        ours = {report.name for report in self.reports.values() if report.distribution == DISTRIBUTION}
+        return sorted(found, key=lambda pair: (-pair[0].priority, pair[1] not in ours, pair[0].name, pair[1]))
 
     def select(
         self, point: str, wanted: str = AUTO, *, device_type: str | None = None, check: Check | None = None

@@ -16,6 +16,7 @@ from quire.version import __version__
 
 GROUP = "quire"
 CORE = "core"
+DISTRIBUTION = "quire"
 
 
 class EntryPoint(Protocol):
@@ -38,7 +39,7 @@ class PluginSource:
 
 def core_source() -> PluginSource:
     """The core's own providers, which come through the same door as anybody's."""
-    return PluginSource(CORE, "quire", __version__, lambda: importlib.import_module("quire.builtin"))
+    return PluginSource(CORE, DISTRIBUTION, __version__, lambda: importlib.import_module("quire.builtin"))
 
 
 def installed_sources(found: Iterable[EntryPoint]) -> list[PluginSource]:
