@@ -594,6 +594,27 @@ MUTANTS = (
         QUANT_WORDS,
     ),
     Mutant(
+        "quant: AWQ's columns in another order",
+        "plugins/quant/quire_quant/awq.py",
+        "ORDER = (0, 2, 4, 6, 1, 3, 5, 7)",
+        "ORDER = (0, 4, 1, 5, 2, 6, 3, 7)",
+        "tests/quant/test_bits.py",
+    ),
+    Mutant(
+        "quant: one float8 scale for all that is fused",
+        "plugins/quant/quire_quant/fp8.py",
+        "scale = scale.flatten().repeat_interleave(torch.tensor(self._sizes, device=device))",
+        "scale = scale.flatten().max().repeat(len(weight))",
+        "tests/quant/test_detection.py",
+    ),
+    Mutant(
+        "quant: the last rule that matches counts",
+        "plugins/quant/quire_quant/gptq.py",
+        "for rule, changes in self._rules.items():",
+        "for rule, changes in reversed(self._rules.items()):",
+        "tests/quant/test_detection.py",
+    ),
+    Mutant(
         "quant cuda: float8 rows are not padded",
         FLOAT8_LINEAR,
         "pad(x, (0, 0, 0, -len(x) % ROWS))",
