@@ -5,6 +5,7 @@ A plugin imports this module and `quire.testing`, nothing else of Quire. What is
 """
 
 from quire.contract.attention import (
+    KV_DTYPES,
     AttentionBackend,
     AttentionBatch,
     AttentionCaps,
@@ -17,6 +18,8 @@ from quire.contract.attention import (
     TensorSpec,
     apply_rotary,
     head_norm,
+    in_cache_dtype,
+    kv_cache_dtype,
     split_qkv,
 )
 from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, MemoryInfo
@@ -88,6 +91,7 @@ from quire.params import SamplingParams
 
 __all__ = [
     "ELEMENTWISE_TILE",
+    "KV_DTYPES",
     "NULL_BLOCK",
     "POINTS",
     "Activation",
@@ -187,5 +191,7 @@ __all__ = [
     "elementwise",
     "head_norm",
     "hookimpl",
+    "in_cache_dtype",
+    "kv_cache_dtype",
     "split_qkv",
 ]

@@ -11,6 +11,7 @@ import torch
 
 from quire.choices import POINT_OF_FIELD, attention_check, choose_dtype, select_device, select_model
 from quire.config import Configured, EngineConfig
+from quire.contract.attention import kv_cache_dtype
 from quire.contract.device import Device
 from quire.contract.model import ModelSpec
 from quire.errors import ConfigError, UnsupportedModel
@@ -62,6 +63,11 @@ class ResolvedConfig:
     ops: Mapping[str, str]
     sinks: tuple[Selection, ...]
     quantization: Selection | None
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Dtype of the KV cache's elements."""
+        return kv_cache_dtype(self.config.kv_cache_dtype, self.dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """Printable values, decided ones in place of `auto`; secrets in plugins' options are masked."""

@@ -9,11 +9,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 assert "triton" not in sys.modules, "somebody imported triton before it could be told to interpret"
 os.environ["TRITON_INTERPRET"] = "1"
 import quire_cuda_paged.attention  # noqa: E402  its kernels are decorated now
-import quire_cuda_paged.ops  # noqa: E402, F401
+import quire_cuda_paged.ops  # noqa: E402
+import quire_cuda_paged.sampler  # noqa: E402, F401
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
@@ -22,7 +24,7 @@ del os.environ["TRITON_INTERPRET"]
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    """Every test here runs with the interpreter, whose faults with bfloat16 and numpy are mended."""
+    """Every test here runs with the interpreter, whose faults with bfloat16, 8-bit floats and numpy are mended."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     exact_dot = interpreter.InterpreterBuilder.create_dot
 
@@ -49,6 +51,16 @@ def interpreted(monkeypatch):
         return interpreter.TensorHandle(nearest.astype(np.uint16), tl.bfloat16)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
+    exact_conversion = interpreter.InterpreterBuilder.create_fp_to_fp
+
+    def convert(self, source, target, rounding_mode):
+        """To 8 bits it rounds halves up, and loses the carry; a GPU rounds to the nearest, to even."""
+        if source.dtype.scalar != tl.float32 or target.scalar != tl.float8e4nv:
+            return exact_conversion(self, source, target, rounding_mode)
+        rounded = torch.from_numpy(np.array(source.data)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return interpreter.TensorHandle(rounded, tl.float8e4nv)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", convert)
     patch_tensor = interpreter._patch_lang_tensor
 
     def with_index(tensor, *rest):

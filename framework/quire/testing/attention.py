@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quire.contract.attention import (
+    KV_DTYPES,
     AttentionBackend,
     AttentionInit,
     AttentionLayer,
@@ -53,13 +54,14 @@ class AttentionConformance:
         block_size: int,
         *,
         deterministic: bool = False,
+        kv_dtype: str = "auto",
     ) -> AttentionBackend:
         reasons = backend_class.supports(layer, dtype, self.device, block_size)
         if reasons:
             pytest.skip("; ".join(reasons))
         layers = (placed(layer, self.device),)
         init = AttentionInit(torch.device(self.device), dtype, layers, block_size, 16, 512, 64, deterministic)
-        return backend_class(init)
+        return backend_class(dataclasses.replace(init, kv_dtype=kv_dtype))
 
     def run(
         self,
@@ -68,11 +70,13 @@ class AttentionConformance:
         *,
         poison: float = float("nan"),
         deterministic: bool = False,
+        kv_dtype: str = "auto",
     ) -> Tensor:
         """Write the step's KV, attend, and check what may be written; the result on the CPU."""
         problem = placed(problem, self.device)
         batch, layer = problem.case.batch, problem.layer
-        backend = self.make(backend_class, layer, problem.q.dtype, batch.block_size, deterministic=deterministic)
+        options: Any = {"deterministic": deterministic, "kv_dtype": kv_dtype}
+        backend = self.make(backend_class, layer, problem.q.dtype, batch.block_size, **options)
         caches = problem.fill(backend, poison)
         k, v = problem.new_kv()
         before = [cache.clone() for cache in caches]
@@ -91,10 +95,12 @@ class AttentionConformance:
         assert torch.isfinite(out).all(), "the result must be finite, padding included"
         return out.cpu()
 
-    def check(self, backend_class: type[AttentionBackend], problem: Problem, **options: Any) -> Tensor:
-        """Run, and compare every row with the oracle."""
+    def check(
+        self, backend_class: type[AttentionBackend], problem: Problem, *, added: float = 0.0, **options: Any
+    ) -> Tensor:
+        """Run, and compare every row with the oracle. `added`: to the tolerance of the dtype."""
         out = self.run(backend_class, problem, **options)
-        tolerance = self.tolerance[problem.q.dtype] + backend_class.caps.kv_tolerance
+        tolerance = self.tolerance[problem.q.dtype] + added
         start = 0
         for count, exact in zip(problem.query_lens, problem.expected(), strict=True):
             torch.testing.assert_close(out[start : start + count].double(), exact, atol=tolerance, rtol=tolerance)
@@ -116,6 +122,40 @@ class AttentionConformance:
         """Every declared dtype, within its own rounding."""
         for layer in ("gqa", "softcap"):
             self.check(backend_class, Problem.make(make_layer(layer), CASES["mixed"], dtype))
+
+    @pytest.mark.parametrize("case", ["decode", "mixed"])
+    @pytest.mark.parametrize("kv_dtype", sorted(KV_DTYPES))
+    def test_kv_dtypes(self, backend_class: type[AttentionBackend], kv_dtype: str, case: str) -> None:
+        """A declared cache dtype: exact for what it holds exactly, else within `kv_tolerance`; never beyond its range."""
+        if kv_dtype not in backend_class.caps.kv_dtypes:
+            pytest.skip(f"does not declare the cache dtype {kv_dtype!r}")
+        for dtype in sorted(backend_class.caps.dtypes & set(self.tolerance), key=str):
+            layer = make_layer("gqa")
+            exact = Problem.make(layer, CASES[case], dtype, stored=KV_DTYPES[kv_dtype])
+            self.check(backend_class, exact, kv_dtype=kv_dtype)
+            rounded = Problem.make(layer, CASES[case], dtype)
+            added = backend_class.caps.kv_tolerance
+            assert 0 < added < 1, "a cache dtype needs a kv_tolerance that says something"
+            self.check(backend_class, rounded, kv_dtype=kv_dtype, added=added)
+            large = dataclasses.replace(rounded, values=[value * 3e3 for value in rounded.values])
+            assert torch.isfinite(self.run(backend_class, large, kv_dtype=kv_dtype)).all()
+
+    @pytest.mark.parametrize("kv_dtype", sorted(KV_DTYPES))
+    def test_prepare_qkv_fills_every_cache(self, backend_class: type[AttentionBackend], kv_dtype: str) -> None:
+        """Into a cache of a declared dtype a fused `prepare_qkv` rounds as `write_kv` does, within its range."""
+        if kv_dtype not in backend_class.caps.kv_dtypes:
+            pytest.skip(f"does not declare the cache dtype {kv_dtype!r}")
+        backend = self.make(backend_class, make_layer("gqa"), torch.float32, 16, kv_dtype=kv_dtype)
+        step = make_step(backend, CASES["mixed"], torch.float32, norms="both", rotary_dim=32)
+        step.qkv[0] *= 1e4  # of the value nothing is normed
+        step = placed(step, self.device)
+        caches = []
+        for prepare, one in _both_ways(backend_class, step):
+            prepare(backend, one)
+            caches.append(torch.cat([cache.float().flatten() for cache in one.kv]))
+        assert torch.isfinite(caches[1]).all()
+        assert (caches[0] == caches[1]).float().mean() > 0.99, "more than what stands between two numbers is rounded otherwise"
+        torch.testing.assert_close(caches[1], caches[0], atol=2**-9, rtol=0.13)
 
     @pytest.mark.parametrize("block_size", [1, 3, 8, 32, 64])
     def test_block_sizes(self, backend_class: type[AttentionBackend], block_size: int) -> None:

@@ -52,6 +52,7 @@ def fused_prepare_qkv(step: QKVStep) -> tuple[Tensor, Tensor, Tensor]:
         Q_NORM=_norm_kind(step.q_norm),
         K_NORM=_norm_kind(step.k_norm),
         TILE=TILE,
+        LARGEST=torch.finfo(keys.dtype).max if keys.dtype.itemsize == 1 else 0.0,
         num_warps=4,
     )
     return turned[:, :num_heads], turned[:, num_heads:], split_qkv(step)[2]
