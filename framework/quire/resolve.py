@@ -74,9 +74,11 @@ class ResolvedConfig:
         values = self.config.model_dump(mode="json")
         decided = {name: getattr(self, name) for name in values if name in {item.name for item in fields(self)}}
         chosen = {name: self.selected[point].provider.name for name, point in POINT_OF_FIELD.items()}
+        dtype, cached = str(self.dtype).removeprefix("torch."), self.config.kv_cache_dtype
         special = {
             "model": self.checkpoint.name,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype,
+            "kv_cache_dtype": dtype if cached == AUTO else cached,
             "device": self.selected["device"].provider.name,
             "ops": dict(self.config.ops),
             "quantization": self.quantization.provider.name if self.quantization else None,

@@ -126,7 +126,7 @@ class AttentionConformance:
     @pytest.mark.parametrize("case", ["decode", "mixed"])
     @pytest.mark.parametrize("kv_dtype", sorted(KV_DTYPES))
     def test_kv_dtypes(self, backend_class: type[AttentionBackend], kv_dtype: str, case: str) -> None:
-        """A declared cache dtype: exact for what it holds exactly, else within `kv_tolerance`; never beyond its range."""
+        """A declared cache dtype: exact for what it holds exactly, else within `kv_tolerance`; no overflow."""
         if kv_dtype not in backend_class.caps.kv_dtypes:
             pytest.skip(f"does not declare the cache dtype {kv_dtype!r}")
         for dtype in sorted(backend_class.caps.dtypes & set(self.tolerance), key=str):
@@ -154,7 +154,9 @@ class AttentionConformance:
             prepare(backend, one)
             caches.append(torch.cat([cache.float().flatten() for cache in one.kv]))
         assert torch.isfinite(caches[1]).all()
-        assert (caches[0] == caches[1]).float().mean() > 0.99, "more than what stands between two numbers is rounded otherwise"
+        assert (caches[0] == caches[1]).float().mean() > 0.99, (
+            "more than what stands between two numbers is rounded otherwise"
+        )
         torch.testing.assert_close(caches[1], caches[0], atol=2**-9, rtol=0.13)
 
     @pytest.mark.parametrize("block_size", [1, 3, 8, 32, 64])

@@ -110,9 +110,10 @@ def _attend_tile(layer: AttentionLayer, queries: Tensor, kv: KVCaches, tile: Til
 
 
 def _gather(cache: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
-    """[Hkv, N, D] in the compute dtype. Behind the last computed position stands what other requests left there, NaN perhaps.
+    """[Hkv, N, D] in the compute dtype.
 
-    Zeros in its place change no bit of a real row, whose weights there are exactly zero.
+    Behind the last computed position stands what other requests left there, NaN perhaps. Zeros in its
+    place change no bit of a real row, whose weights there are exactly zero.
     """
     found = cache.view(-1, *cache.shape[2:]).index_select(0, tile.slots).to(dtype)
     found[tile.start + tile.rows[1] :] = 0.0

@@ -25,8 +25,8 @@ from quire_cuda_paged.tuning import Launch, Tuning, tuning_for
 
 MIN_TILES = 2
 """Tiles of the shortest part: splitting further costs more in `combine_kernel` than it gains."""
-FIRST_WITH_FP8 = (8, 9)
-"""Compute capability from which 8-bit floats are converted in hardware."""
+FIRST_WITH_FP8 = (9, 0)
+"""Compute capability from which Triton converts 8-bit floats to bfloat16 (for 8.9 its code does not assemble)."""
 MIN_DIM = 16
 """Smallest side of a matrix that Triton multiplies."""
 
@@ -90,7 +90,7 @@ class CudaPagedAttention(AttentionBackend):
         if init.kv_dtype != "auto" and self._capability < FIRST_WITH_FP8:
             raise ConfigError(
                 f"kv_cache_dtype is {init.kv_dtype!r}; this GPU has compute capability "
-                f"{'.'.join(map(str, self._capability))}, and 8.9 is needed",
+                f"{'.'.join(map(str, self._capability))}, and {'.'.join(map(str, FIRST_WITH_FP8))} is needed",
                 remedy="leave kv_cache_dtype at auto",
             )
         self._workspaces = {shape: self._workspace(shape) for shape in {shape_of(layer) for layer in init.layers}}
@@ -215,7 +215,7 @@ class CudaPagedAttention(AttentionBackend):
         """Everything that must not be allocated per step, for the largest batch."""
         device, rows = self.init.device, self.init.max_num_reqs
         d_pad, dv_pad = _padded(shape.head_dim), _padded(shape.v_head_dim)
-        tuning = tuning_for(self._capability, max(d_pad, dv_pad))
+        tuning = tuning_for(self._capability, max(d_pad, dv_pad), 8 * self.init.cache_dtype.itemsize)
         decode_queries = _block_m(tuning.decode, shape.group) // shape.group
         target = max(1, self._num_multiprocessors * tuning.waves // shape.num_kv_heads)
         items = (rows + target) * shape.num_heads * decode_queries

@@ -78,32 +78,32 @@ def _block_ids(table, start, in_tile, BLOCK_SIZE: tl.constexpr, TILE: tl.constex
 
 
 @triton.jit
-def _load(cache, block, slot, known, kv_head, IS_KEY: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    """A tile of a cache: [D_PAD, TILE] of the keys, [TILE, D_PAD] of the values."""
+def _row(cache, block, slot, kv_head):
+    """Where slots of a cache begin: pointers to their first elements."""
     pointer, block_stride, slot_stride, head_stride = cache
-    row = block * block_stride + kv_head * head_stride + slot * slot_stride
-    d = tl.arange(0, D_PAD)
-    along: tl.constexpr = 0 if IS_KEY else 1  # where the axis of positions is to be inserted
-    at = pointer + tl.expand_dims(row, along) + tl.expand_dims(d, 1 - along)
-    if MASKED:
-        inside = tl.expand_dims(known, along) & tl.expand_dims(d < D, 1 - along)
-        return tl.load(at, mask=inside, other=0.0)
-    if D == D_PAD:
-        return tl.load(at)
-    return tl.load(at, mask=tl.expand_dims(d < D, 1 - along), other=0.0)
+    return pointer + (block * block_stride + kv_head * head_stride + slot * slot_stride)
 
 
 @triton.jit
-def _scores(products, scale, softcap, slopes, distance, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
+def _load(row, known, IS_KEY: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    """A tile of a cache: of the keys [D_PAD, TILE], of the values [TILE, D_PAD]."""
+    along: tl.constexpr = 0 if IS_KEY else 1  # where the axis that is not the positions' goes
+    d = tl.expand_dims(tl.arange(0, D_PAD), 1 - along)
+    at = tl.expand_dims(row, along) + d
+    if MASKED:
+        return tl.load(at, mask=tl.expand_dims(known, along) & (d < D), other=0.0)
+    if D == D_PAD:
+        return tl.load(at)
+    return tl.load(at, mask=d < D, other=0.0)
+
+
+@triton.jit
+def _scores(products, scale, softcap, SOFTCAP: tl.constexpr):
     """Scores in base 2 of the products of queries and keys."""
     if SOFTCAP:  # scale is over the cap; tanh by exp2, which the GPU has in hardware
         capped = products * scale
-        scores = (1.0 - 2.0 / (tl.exp2(capped * (2.0 * LOG2E)) + 1.0)) * softcap * LOG2E
-    else:  # scale is times log2(e)
-        scores = products * scale
-    if ALIBI:  # so are the slopes
-        scores += slopes[:, None] * distance.to(tl.float32)
-    return scores
+        return (1.0 - 2.0 / (tl.exp2(capped * (2.0 * LOG2E)) + 1.0)) * softcap * LOG2E
+    return products * scale  # scale is times log2(e)
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def _attend(
     """Take tiles of KV into the running softmax.
 
     Args:
-        state: (sum of weighted values [BLOCK_M, DV_PAD], maximum [BLOCK_M], sum of weights [BLOCK_M]), before; returned.
+        state: (weighted values [BLOCK_M, DV_PAD], maximum [BLOCK_M], sum of weights [BLOCK_M]) so far; returned.
         q: [BLOCK_M, D_PAD]. keys, values: (cache, strides of block, slot and head). table: (ids, width).
         tiles: (first, last + 1). queries: (position [BLOCK_M], whether it is one, ALiBi slope).
     """
@@ -132,16 +132,17 @@ def _attend(
         key = start + in_tile
         known = key < kv_end
         slot = start % BLOCK_SIZE + in_tile if BLOCK_SIZE % TILE == 0 else key % BLOCK_SIZE
-        here = block
+        k_row, v_row = _row(keys, block, slot, kv_head), _row(values, block, slot, kv_head)
         block = _block_ids(table, start + TILE, in_tile, BLOCK_SIZE, TILE)
-        k = _load(keys, here, slot, known, kv_head, True, MASKED, D, D_PAD).to(q.dtype)
-        v = _load(values, here, slot, known, kv_head, False, MASKED, DV, DV_PAD).to(q.dtype)
-        distance = key[None, :] - position[:, None]
-        scores = _scores(tl.dot(q, k, input_precision=PRECISION), scale, softcap, slopes, distance, SOFTCAP, ALIBI)
+        k = _load(k_row, known, True, MASKED, D, D_PAD).to(q.dtype)
+        v = _load(v_row, known, False, MASKED, DV, DV_PAD).to(q.dtype)
+        scores = _scores(tl.dot(q, k, input_precision=PRECISION), scale, softcap, SOFTCAP)
+        if ALIBI:
+            scores += slopes[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
         if MASKED:
-            seen = (distance <= 0) & row_ok[:, None] & known[None, :]
+            seen = (key[None, :] <= position[:, None]) & row_ok[:, None] & known[None, :]
             if WINDOW > 0:
-                seen = seen & (distance > -WINDOW)
+                seen = seen & (position[:, None] - key[None, :] < WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         safe = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
@@ -206,7 +207,8 @@ def paged_attention_kernel(
         part_ptr: float32 [work, HEADS, BLOCK_Q, DV_PAD]; part_lse_ptr: float32 [work, HEADS, BLOCK_Q]; SPLIT only.
         table_ptr: int32 [num_rows, table_width]. seq_lens_ptr: int32 [num_rows].
         query_start_ptr: int32 [num_rows + 1], places in q and out. split_start_ptr, chunk_ptr: of `plan_kernel`.
-        sink_ptr, slope_ptr: float32 [HEADS], for SINKS and ALIBI. end_ptr: int32 [1], real tokens. num_tokens: tokens; those behind the end get 0.
+        sink_ptr, slope_ptr: float32 [HEADS], for SINKS and ALIBI.
+        end_ptr: int32 [1], real tokens. num_tokens: tokens; those behind the end get 0.
         WINDOW: tokens that a query sees, itself included; 0: all.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
