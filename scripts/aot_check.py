@@ -55,7 +55,7 @@ FLOATS = ("scale", "softcap", "eps", "offset", "q_eps", "k_eps", "q_offset", "k_
 """Arguments that are numbers with a fraction."""
 ALIGNED = ("out_ptr", "part_ptr", "q_ptr", "k_ptr", "v_ptr", "q_token", "out_token", "k_block", "k_slot", "k_head",
            "v_block", "v_slot", "v_head", "x_ptr", "weight_ptr", "residual_ptr", "x_row", "residual_row", "turned_ptr",
-           "qkv_ptr", "qkv_row", "k_cache_ptr", "v_cache_ptr", "cos_ptr", "sin_ptr", "cos_row", "logits_ptr",
+           "qkv_ptr", "qkv_row", "k_cache_ptr", "v_cache_ptr", "cos_ptr", "sin_ptr", "cos_row", "sin_row", "logits_ptr",
            "row_stride")  # fmt: skip
 """Arguments that are multiples of 16 when the engine launches: without that, loads are not 16 bytes wide."""
 

@@ -69,6 +69,16 @@ def test_tokens_equal_the_reference(vocab_size, seed):
     assert ours == exact
 
 
+@pytest.mark.parametrize("cut", [{"top_k": 2}, {"top_p": 0.3}])
+def test_ties_with_the_threshold_stay_and_zero_has_no_sign(cut):
+    """Four equal logits: whatever cuts one of them off would have to cut off all."""
+    logits = torch.tensor([[0.0, -0.0, -1.0, 0.0, -0.0]]).repeat(8, 1)
+    rows = [RowParams(seed=7, position=index, **cut) for index in range(8)]
+    ours, exact = both(logits, rows)
+    assert ours == exact
+    assert len(set(ours)) > 2
+
+
 def test_many_likely_tokens_are_told_apart():
     """In float32 the cumulative sum of so many equal weights would be off by more than a token."""
     rows = [RowParams(seed=5, position=index) for index in range(4)]

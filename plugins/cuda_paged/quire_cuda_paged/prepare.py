@@ -37,6 +37,7 @@ def fused_prepare_qkv(step: QKVStep) -> tuple[Tensor, Tensor, Tensor]:
         step.batch.slot_mapping,
         qkv.stride(0),
         step.cos.stride(0),
+        step.sin.stride(0),
         keys.stride(1),
         values.stride(1),
         *(norm.eps if norm is not None else 0.0 for norm in (step.q_norm, step.k_norm)),

@@ -160,6 +160,7 @@ def prepare_qkv_kernel(
     slots_ptr,
     qkv_row,
     cos_row,
+    sin_row,
     k_slot: tl.int64,
     v_slot: tl.int64,
     q_eps,
@@ -184,7 +185,7 @@ def prepare_qkv_kernel(
     Args:
         turned_ptr: [T, HEADS + KV_HEADS, D], out: queries, then keys.
         qkv_ptr: [T, HEADS · D + KV_HEADS · (D + DV)], `qkv_row` elements from row to row.
-        cos_ptr, sin_ptr: float32 [T, HALF], `cos_row` elements from row to row.
+        cos_ptr, sin_ptr: float32 [T, HALF], `cos_row` and `sin_row` elements from row to row.
         k_cache_ptr, v_cache_ptr: a slot's heads together, `k_slot` and `v_slot` elements from slot to slot.
         slots_ptr: int64 [T].
         Q_NORM, K_NORM: see `_normed`. LARGEST: number that an 8-bit cache holds; 0: the cache has no such limit.
@@ -194,7 +195,7 @@ def prepare_qkv_kernel(
     Q_TILES: tl.constexpr = (HEADS + TILE - 1) // TILE
     KV_TILES: tl.constexpr = (KV_HEADS + TILE - 1) // TILE
     qkv = qkv_ptr + token * qkv_row
-    cos, sin = cos_ptr + token * cos_row, sin_ptr + token * cos_row
+    cos, sin = cos_ptr + token * cos_row, sin_ptr + token * sin_row
     turned = turned_ptr + token * ((HEADS + KV_HEADS) * D)
     slot = tl.load(slots_ptr + token)
     d = tl.arange(0, D_PAD)
