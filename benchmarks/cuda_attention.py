@@ -4,8 +4,9 @@
 
 Decode reads keys and values once, so its limit is the copy bandwidth that the same run measures; prefill's is
 the measured rate of a large matrix product; the sampler and the fused operations read and write each byte once.
-What is timed is a captured graph, replayed: the time that Python takes to launch is left out. Before each replay the GPU's cache is overwritten; figures are medians. Other libraries' paged
-attention is measured beside ours where it can be imported.
+What is timed is a captured graph, replayed: the time that Python takes to launch is left out. Before each replay
+the GPU's cache is overwritten; figures are medians. Other libraries' paged attention is measured beside ours where
+it can be imported.
 """
 
 from __future__ import annotations
