@@ -8,6 +8,7 @@ KV = "tests/kv"
 SCHEDULING = "tests/scheduling"
 SAMPLING = "tests/sampling"
 BATCH = "tests/engine/test_batch_and_dispatch.py"
+OVERLAP = "tests/engine/test_overlapping_steps.py"
 TEXT = "tests/tokenizer"
 CUDA = "tests/cuda_paged/test_cuda_attention.py"
 CUDA_SAMPLER = "tests/cuda_paged/test_cuda_sampler.py"
@@ -39,6 +40,9 @@ SAMPLING_KERNELS = "plugins/cuda_paged/quire_cuda_paged/sampling_kernels.py"
 ROW_KERNELS = "plugins/cuda_paged/quire_cuda_paged/row_kernels.py"
 LEDGER = "framework/quire/remote/ledger.py"
 BUILDER = "framework/quire/engine/batch.py"
+ROWS = "framework/quire/engine/rows.py"
+RUNNER = "framework/quire/engine/runner.py"
+STAGING = "framework/quire/engine/staging.py"
 DETOKENIZER = "framework/quire/tokenizer/detokenizer.py"
 
 MUTANTS = (
@@ -196,8 +200,8 @@ MUTANTS = (
     Mutant(
         "log probabilities: rank off by one",
         "framework/quire/sampling/logprobs.py",
-        "rank = int((logprobs > chosen).sum()) + 1",
-        "rank = int((logprobs > chosen).sum())",
+        "rank = (logprobs > chosen).sum() + 1",
+        "rank = (logprobs > chosen).sum()",
         SAMPLING,
     ),
     Mutant(
@@ -217,12 +221,62 @@ MUTANTS = (
     Mutant(
         "batch: padding rows have a length",
         BUILDER,
-        "self._seq_lens.array[num_reqs:padded_reqs] = 0",
-        "self._seq_lens.array[num_reqs:padded_reqs] = 1",
+        "seq_lens.array[num_reqs:] = 0",
+        "seq_lens.array[num_reqs:] = 1",
         BATCH,
     ),
     Mutant(
         "batch: first row sampled instead of last", BUILDER, "starts[1:][samples] - 1", "starts[:-1][samples]", BATCH
+    ),
+    Mutant(
+        "overlap: end token kept and another one after it",
+        CONTINUOUS,
+        "            if request.is_finished:\n                self._let_go(request)\n            else:\n                updates",
+        "            if request.is_finished:\n                self._let_go(request)\n            if True:\n                updates",
+        OVERLAP,
+    ),
+    Mutant(
+        "overlap: pending token counted twice",
+        CONTINUOUS,
+        "        request.num_pending_tokens -= row.samples\n",
+        "",
+        OVERLAP,
+    ),
+    Mutant(
+        "overlap: blocks preempted while a step in flight uses them",
+        CONTINUOUS,
+        "if not self._outstanding[request.request_id] and request.request_id not in round_.rows",
+        "if request.request_id not in round_.rows",
+        OVERLAP,
+    ),
+    Mutant(
+        "overlap: a followed request does not wait for its token",
+        CONTINUOUS,
+        "if request.num_pending_tokens and request.request_id in self._unhurried:",
+        "if False:",
+        OVERLAP,
+    ),
+    Mutant("overlap: one buffer for all steps", STAGING, "IN_FLIGHT = 2", "IN_FLIGHT = 1", BATCH),
+    Mutant(
+        "overlap: the token is not kept for the next step",
+        RUNNER,
+        "        self._rows.store(sampling.places, result.token_ids)\n",
+        "",
+        OVERLAP,
+    ),
+    Mutant(
+        "overlap: the next step is built on one that failed",
+        "framework/quire/engine/engine.py",
+        "len(self._flying) >= self._depth or future.done()",
+        "len(self._flying) >= self._depth",
+        OVERLAP,
+    ),
+    Mutant(
+        "rows: a slot keeps its last request's blocks",
+        ROWS,
+        "            self.block_table.index_fill_(0, deltas.cleared, 0)\n",
+        "            pass\n",
+        BATCH,
     ),
     Mutant("text: stop string shown", DETOKENIZER, "keep = self._longest_start(whole)", "keep = 0", TEXT),
     Mutant(

@@ -57,6 +57,8 @@ class EngineConfig(BaseModel):
     """Most requests that run at once."""
     max_num_batched_tokens: Count = at("engine.max_num_batched_tokens", 2048, ge=1, le=1 << 20)
     """Most tokens of one step; a longer prompt is computed in pieces."""
+    async_scheduling: bool | Literal["auto"] = at("engine.async_scheduling", "auto")
+    """Launch a step while the one before it runs, with the same outputs; auto: if the device runs beside the host."""
     seed: Count = at("engine.seed", 0, ge=0, le=2**63 - 1)
     """Seed of requests that bring none."""
     deterministic: bool = at("engine.deterministic", False)
@@ -74,7 +76,8 @@ class EngineConfig(BaseModel):
     kv_cache_memory: Annotated[Count, Field(ge=1 << 10, le=1 << 50)] | Literal["auto"] = at(
         "engine.kv_cache.memory", "auto"
     )
-    """Bytes for the KV pool; auto: what max_num_seqs full-length requests need, at most half of the free memory."""
+    """Bytes for the KV pool; auto: what max_num_seqs full-length requests need, at most half of the free memory
+    (of a GPU's, all that its margin leaves)."""
     enable_prefix_caching: bool = at("engine.kv_cache.prefix_caching", True)
     """Requests that begin alike share the KV of their beginning."""
     attention_backend: str = at("plugins.attention", "auto")

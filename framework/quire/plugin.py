@@ -22,7 +22,7 @@ from quire.contract.attention import (
     kv_cache_dtype,
     split_qkv,
 )
-from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, MemoryInfo
+from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, HostCopy, MemoryInfo
 from quire.contract.executor import Executor, ExecutorInit, KVBudget
 from quire.contract.kv import NULL_BLOCK, Allocation, BlockCopy, KVAllocator, KVInit, KVStats, PrefixHit, PrefixQuery
 from quire.contract.metrics import MetricsInit, MetricsSink, RequestStats, StepStats
@@ -39,6 +39,8 @@ from quire.contract.ops import (
     OpInit,
     OpSet,
     OpSpec,
+    QuantLinearOp,
+    QuantLinearSpec,
     RMSNormOp,
     RMSNormSpec,
     elementwise,
@@ -88,6 +90,7 @@ from quire.errors import ConfigError, EngineError, PluginError, QuireError, Requ
 from quire.facade import EngineFacade, HostInfo
 from quire.hooks import hookimpl
 from quire.params import SamplingParams
+from quire.sampling.philox import seeded_uniform
 
 __all__ = [
     "ELEMENTWISE_TILE",
@@ -117,6 +120,7 @@ __all__ = [
     "GraphRunner",
     "GraphSupport",
     "HeadNorm",
+    "HostCopy",
     "HostInfo",
     "KVAllocator",
     "KVBudget",
@@ -152,6 +156,8 @@ __all__ = [
     "QKVStep",
     "QuantInit",
     "QuantLinear",
+    "QuantLinearOp",
+    "QuantLinearSpec",
     "QuantMethod",
     "QuantTensor",
     "QuireError",
@@ -193,5 +199,6 @@ __all__ = [
     "hookimpl",
     "in_cache_dtype",
     "kv_cache_dtype",
+    "seeded_uniform",
     "split_qkv",
 ]

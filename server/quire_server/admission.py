@@ -16,15 +16,17 @@ class Admission:
         self._settings = settings
         self.num_requests = 0
         self.num_tokens = 0
-        self.num_refused = 0
+        self.refused = {"requests": 0, "tokens": 0, "draining": 0}
+        """How many were not taken, by the reason."""
         self.is_draining = False
 
     def check(self) -> None:
         """Raises ApiError if no further request is taken, whatever its size."""
         if self.is_draining:
+            self.refused["draining"] += 1
             raise overloaded("the server is shutting down", seconds=5)
         if self.num_requests >= self._settings.max_requests:
-            self.num_refused += 1
+            self.refused["requests"] += 1
             raise overloaded(f"{self.num_requests} requests wait or run, which is all that may", status=429)
 
     @contextmanager
@@ -33,7 +35,7 @@ class Admission:
         self.check()
         # One request alone is always taken: it may be larger than the limit, but then nothing else waits.
         if self.num_requests and self.num_tokens + num_tokens > self._settings.max_tokens:
-            self.num_refused += 1
+            self.refused["tokens"] += 1
             raise overloaded(f"{self.num_tokens} prompt tokens wait or run; {num_tokens} more do not fit", status=429)
         self.num_requests += 1
         self.num_tokens += num_tokens

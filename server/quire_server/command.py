@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from pathlib import Path
+from socket import socket as Socket
 from typing import Annotated, Any, cast
 
 import typer
@@ -77,10 +78,7 @@ def serve(
 
 
 def _serve(session: Session, settings: ServerSettings) -> None:
-    from quire_server.app import create_app
-    from quire_server.listener import Listener, open_socket
-    from quire_server.metrics import PrometheusSink
-    from quire_server.state import ServerState
+    from quire_server.listener import open_socket
 
     started = time.monotonic()
     if session.configured.config.model is None:
@@ -90,16 +88,24 @@ def _serve(session: Session, settings: ServerSettings) -> None:
     except OSError as error:
         raise ConfigError(f"server.api_keys_file: {error.strerror}: {error.filename}") from error
     # Before the model is loaded: a port that is taken must not cost minutes.
-    socket = open_socket(settings)
+    with open_socket(settings) as socket:
+        _serve_on(socket, session, settings, has_key=bool(keys), started=started)
+
+
+def _serve_on(socket: Socket, session: Session, settings: ServerSettings, *, has_key: bool, started: float) -> None:
+    from quire_server.app import create_app
+    from quire_server.listener import Listener
+    from quire_server.metrics import PrometheusSink
+    from quire_server.state import ServerState
+
     sink = PrometheusSink(MetricsInit(session.configured.config.model or BUNDLED))
     llm = start_engine(session, [("prometheus", sink)])
     try:
         state = ServerState(llm, settings, _shown_config(session, llm), sink.render)
-        sink.watch_rejections(lambda: state.admission.num_refused)
-        sink.set_cache_info(llm.info.num_kv_blocks, llm.info.block_size)
+        sink.watch(llm, state.admission.refused)
         url = listening_url(settings, 0 if settings.uds else socket.getsockname()[1])
-        note(ready_block(llm, state.names, url, has_key=bool(keys), seconds=time.monotonic() - started))
-        if settings.host not in ("127.0.0.1", "::1", "localhost") and settings.uds is None and not keys:
+        note(ready_block(llm, state.names, url, has_key=has_key, seconds=time.monotonic() - started))
+        if settings.host not in ("127.0.0.1", "::1", "localhost") and settings.uds is None and not has_key:
             note("warning: anybody who reaches this address may use the server; set server.api_keys_file")
         Listener(create_app(state), state).serve_on(socket)
         if llm.cause_of_death is not None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import socket as sockets
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from quire import ConfigError
 
+from quire_server.owners import port_owner, socket_owner
 from quire_server.settings import ServerSettings
 from quire_server.state import ServerState
 
@@ -21,16 +24,20 @@ logger = logging.getLogger("quire.server")
 BACKLOG = 2048
 POLL = 0.05
 """Seconds between two looks at whether all requests, or the engine, have ended."""
+OTHER_UDS = "choose another with --uds"
 LAST_WORDS = 1.0
 """Seconds in which a server without an engine still tells its clients so."""
 
 
 def open_socket(settings: ServerSettings) -> sockets.socket:
-    """The listening socket. Raises ConfigError if the address cannot be had."""
+    """The listening socket; a Unix socket that nobody listens on any more is replaced.
+
+    Raises:
+        ConfigError: the address cannot be had; names who holds it, if that can be seen.
+    """
     if settings.uds is not None:
         family, address = sockets.AF_UNIX, str(settings.uds)
-        if settings.uds.is_socket():
-            settings.uds.unlink()
+        _make_way(settings.uds)
     else:
         family = sockets.AF_INET6 if ":" in settings.host else sockets.AF_INET
         address = (settings.host, settings.port)  # type: ignore[assignment]
@@ -42,12 +49,42 @@ def open_socket(settings: ServerSettings) -> sockets.socket:
         found.listen(BACKLOG)
     except OSError as error:
         found.close()
-        where = settings.uds or f"{settings.host}:{settings.port}"
-        raise _PortBusy(f"cannot listen on {where}: {error.strerror}", remedy="choose another with --port") from error
+        raise _refusal(settings, error) from error
     return found
 
 
-class _PortBusy(ConfigError):
+def _make_way(path: Path) -> None:
+    """Remove what a server left behind. Raises ConfigError if one is there, or it is no socket."""
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise AddressTaken(f"cannot listen on {path}: the file is there and no socket", remedy=OTHER_UDS)
+    try:
+        owner = socket_owner(path)
+    except OSError as error:
+        raise AddressTaken(f"cannot listen on {path}: {error.strerror or error}", remedy=OTHER_UDS) from error
+    if owner is not None:
+        raise AddressTaken(f"cannot listen on {path}: {owner} does so", remedy=f"stop it, or {OTHER_UDS}")
+    path.unlink(missing_ok=True)
+
+
+def _refusal(settings: ServerSettings, error: OSError) -> AddressTaken:
+    if settings.uds is not None:
+        return AddressTaken(f"cannot listen on {settings.uds}: {error.strerror}", remedy=OTHER_UDS)
+    where = f"{settings.host}:{settings.port}"
+    if error.errno in (errno.EADDRINUSE, errno.EACCES):
+        owner = port_owner(settings.port) if error.errno == errno.EADDRINUSE else None
+        held = f" by {owner}" if owner else ""
+        remedy = "choose another with --port, or 0 for any free one"
+        return AddressTaken(f"cannot listen on {where}: {error.strerror}{held}", remedy=remedy)
+    return AddressTaken(
+        f"cannot listen on {where}: {error.strerror}", remedy="name an address of this machine by --host"
+    )
+
+
+class AddressTaken(ConfigError):
+    """The address to listen on cannot be had."""
+
     exit_code = 5
 
 

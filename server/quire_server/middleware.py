@@ -22,7 +22,8 @@ logger = logging.getLogger("quire.server.access")
 
 REQUEST_ID = "X-Request-Id"
 SANE_ID = re.compile(r"[\x21-\x7e]{1,128}")
-PAGE = frozenset({"/", "/docs", "/page/page.css", "/page/page.js", "/page/stream.js", "/page/grid.js", "/page/docs.js"})
+SCRIPTS = ("page", "stream", "engine", "grid", "steps", "docs")
+PAGE = frozenset({"/", "/docs", "/page/page.css", *(f"/page/{name}.js" for name in SCRIPTS)})
 PUBLIC = frozenset({"/health", "/ready", "/version"}) | PAGE
 """Paths that need no key, the page's own files among them; all others, those that do not exist too, do."""
 ANTHROPIC = "/v1/messages"

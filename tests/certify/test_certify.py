@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from quire.cli.app import app
 from quire.contract.provider import POINTS
+from quire.host.objects import import_object
 from quire.registry import HostOptions, build_host
-from quire.testing.certify import KITS, certify, why_not
+from quire.testing.certify import KITS, certify, contract_and_advice, why_not
 from typer.testing import CliRunner
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -65,8 +66,8 @@ def quire(monkeypatch):
     logger.handlers[:], logger.level, logger.propagate = before
 
 
-def test_every_point_but_the_executor_has_a_kit():
-    assert set(POINTS) - set(KITS) == {"executor"}
+def test_every_point_has_a_kit():
+    assert set(POINTS) == set(KITS)
 
 
 def test_scores_of_one_plugin(quire, plugin_file, tmp_path):
@@ -79,7 +80,8 @@ def test_scores_of_one_plugin(quire, plugin_file, tmp_path):
     (first, *_) = scores["forgetful"]["failures"]
     assert scores["forgetful"]["verdict"] == "failed"
     assert "victim" in first["check"] + first["message"] + first["advice"]
-    assert first["advice"]
+    assert "one of the requests" in first["contract"]
+    assert "request_id" in first["advice"]
     assert "active_params" in scores["unsaid"]["reason"]
     assert scores["elsewhere"]["reason"] == "needs a machine that nobody has"
     assert [scores[name]["verdict"] for name in ("unsaid", "elsewhere")] == ["not run", "not run"]
@@ -128,5 +130,16 @@ def test_everything_of_our_own_can_be_certified_here():
         for provider, _ in host.providers(point)
         if provider.devices in (frozenset(), frozenset({"cpu"})) and (reason := why_not(host, provider))
     }
-    assert set(not_run) <= {"transformers", "gptq", "awq", "compressed-tensors", "fp8"}
-    assert all("format of checkpoints" in reason for name, reason in not_run.items() if name != "transformers")
+    assert set(not_run) <= {"transformers"}
+
+
+CHECKS = [(kit, name) for kit in KITS.values() for name in dir(import_object(kit.target)) if name.startswith("test_")]
+
+
+@pytest.mark.parametrize(("kit", "name"), CHECKS, ids=lambda value: getattr(value, "target", value))
+def test_every_check_says_what_must_hold_and_how_to_mend_it(kit, name):
+    contract, advice = contract_and_advice(getattr(import_object(kit.target), name))
+    assert len(contract) > 20
+    assert len(advice) > 20
+    assert contract.endswith(".")
+    assert advice.endswith(".")

@@ -83,6 +83,9 @@ def test_sinks_and_hooks_see_every_step_and_request(checkpoint, host):
     assert sum(stats.num_tokens for stats in steps) == (37 + 4) + (37 - 32 + 4)
     assert (steps[-1].prefix_hit_tokens, steps[-1].prefix_query_tokens) == (32, 72)
     assert all(stats.forward_s > 0 and stats.kv_total_blocks == 59 for stats in steps)
+    gaps = [gap for stats in steps for gap in stats.token_gaps]
+    assert [count for _, count in gaps] == [1] * 8
+    assert all(seconds > 0 for seconds, _ in gaps)
     figures = [(r.num_prompt_tokens, r.num_cached_tokens, r.num_output_tokens) for r in requests]
     assert figures == [(37, 0, 5), (37, 32, 5)]
     assert all(0 <= r.queue_s <= r.first_token_s <= r.total_s for r in requests)

@@ -47,7 +47,8 @@ def test_the_view_shows_who_holds_what(checkpoint, allocator, process):
     assert busy.steps[-1].num_tokens == busy.steps[-1].num_sampled == busy.steps[-1].num_rows == 4
     for one in busy.sequences:
         assert (one.status, one.num_prompt_tokens) == ("running", 25)
-        assert 25 <= one.num_computed_tokens <= one.num_tokens <= len(one.block_ids) * 8
+        assert 25 <= one.num_computed_tokens <= len(one.block_ids) * 8
+        assert one.num_tokens - one.num_computed_tokens in (0, 1)  # the newest token's slot is granted with its step
     assert after.sequences == ()
     assert len(after.cached_block_ids) == after.num_cached_blocks > 0
     llm.shutdown()

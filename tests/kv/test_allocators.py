@@ -7,7 +7,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from quire.contract.kv import KVInit, PrefixHit, PrefixQuery
 from quire.kv.paged import PagedAllocator
 from quire.kv.radix import RadixAllocator, RadixOptions
-from quire.testing.kv_allocator import KVAllocatorConformance, KVModel
+from quire.testing.kv_allocator import KVAllocatorConformance
+from quire.testing.kv_model import KVModel
 
 
 class CopyingRadix(RadixAllocator):

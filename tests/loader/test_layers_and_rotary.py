@@ -4,7 +4,7 @@ import pytest
 import torch
 from quire import ConfigError, UnsupportedModel
 from quire.contract.ops import GatedActSpec, OpSet, RMSNormSpec
-from quire.layers.factory import PluginLayers
+from quire.layers.factory import Operations
 from quire.layers.rotary import Rotary, inverse_frequencies
 from quire.layers.weights import WeightTable
 from quire.loader.select import select_spec
@@ -95,19 +95,19 @@ NORM, ACT = RMSNormSpec(4, 1e-6, torch.float32), GatedActSpec(4, "silu", torch.f
 
 
 def test_the_first_op_set_that_fits_serves():
-    layers = PluginLayers(
+    operations = Operations(
         [("fast", Only("fast", ["gated_act"])), ("plain", Only("plain", ["gated_act", "rms_norm"]))], {}
     )
-    assert layers.op(ACT) == ("fast", "gated_act")
-    assert layers.op(NORM) == ("plain", "rms_norm")
-    assert layers.chosen == {"gated_act": "fast", "rms_norm": "plain"}
+    assert operations.op(ACT) == ("fast", "gated_act")
+    assert operations.op(NORM) == ("plain", "rms_norm")
+    assert operations.chosen == {"gated_act": {"fast"}, "rms_norm": {"plain"}}
 
 
 def test_a_named_op_set_never_falls_back():
     sets = [("fast", Only("fast", ["gated_act"])), ("plain", Only("plain", ["gated_act", "rms_norm"]))]
-    assert PluginLayers(sets, {"default": "plain"}).op(ACT) == ("plain", "gated_act")
+    assert Operations(sets, {"default": "plain"}).op(ACT) == ("plain", "gated_act")
     with pytest.raises(ConfigError, match="rms_norm"):
-        PluginLayers(sets, {"rms_norm": "fast"}).op(NORM)
+        Operations(sets, {"rms_norm": "fast"}).op(NORM)
 
 
 def test_weights_go_where_they_belong():

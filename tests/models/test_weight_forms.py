@@ -9,7 +9,7 @@ from quire import UnsupportedModel
 from quire.contract.model import ModelInit
 from quire.contract.ops import LinearSpec, OpInit
 from quire.contract.quant import QuantInit, QuantLinear, QuantMethod, QuantTensor
-from quire.layers.factory import PluginLayers
+from quire.layers.factory import Operations, PluginLayers
 from quire.layers.linear import Linear, Source
 from quire.layers.weights import WeightTable
 from quire.models import mixtral, qwen3, qwen3_moe
@@ -110,7 +110,7 @@ def stored(*, shift):
 
 def fused():
     method = Method(QuantInit({}, {}, CPU, torch.float32))
-    layers = PluginLayers([("ops", TorchOps(OpInit(CPU, 16)))], {}, method)
+    layers = PluginLayers(Operations([("ops", TorchOps(OpInit(CPU, 16)))], {}), method)
     table = WeightTable()
     init = ModelInit(None, CPU, torch.float32, 16, layers)
     return table, Linear(init, table, [Source(name, size) for name, size in SOURCES.items()], 4, bias=True)

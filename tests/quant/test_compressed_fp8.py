@@ -1,12 +1,11 @@
 """compressed-tensors and FP8: the kit, every form against its definition, the public packer, whole checkpoints."""
 
-from types import MappingProxyType
-
 import pytest
 import torch
 from quire import LLM, SamplingParams, UnsupportedModel
 from quire.plugin import LinearSpec, QuantInit
-from quire.testing.quantization import QuantizationConformance
+from quire.testing.certify import conformance
+from quire.testing.quantization import reference_op
 from quire.testing.tiny_models import reference_model
 from quire_quant.bits import pack
 from quire_quant.compressed import CompressedTensorsMethod
@@ -31,7 +30,9 @@ def headers(tensors, name=NAME):
 
 def dequantized(method_class, settings, tensors, outputs, inputs):
     spec = LinearSpec(inputs, outputs, False, torch.float64, name=NAME)
-    linear = method_class(QuantInit(settings, headers(tensors), CPU, torch.float64)).linear(spec, (spec,))
+    linear = method_class(QuantInit(settings, headers(tensors), CPU, torch.float64, op=reference_op)).linear(
+        spec, (spec,)
+    )
     return linear.dequantize(linear.finalize(tensors, CPU))
 
 
@@ -87,40 +88,8 @@ def test_fp8_blocks_of_another_size():
     torch.testing.assert_close(weight, exact, rtol=1e-6, atol=1e-7)
 
 
-class TestCompressedTensors(QuantizationConformance):
-    shapes = ((256, 96), (384, 32), (128, 1504))
-    config = MappingProxyType(config(4, 128))
-
-    @pytest.fixture
-    def method_class(self):
-        return CompressedTensorsMethod
-
-    def init(self, dtype):
-        stored = {}
-        for inputs, outputs, name in ((256, 96, "m.96"), (256, 32, "m.32"), *((k, n, NAME) for k, n in self.shapes)):
-            stored |= headers(self.made(inputs, outputs, 0), name)
-        return QuantInit(self.config, stored, CPU, dtype)
-
-    def made(self, inputs, outputs, seed):
-        return compressed_tensors(random_layer(inputs, outputs, 4, 128, seed=seed), 4)
-
-    def make(self, method_class, spec):
-        stored = headers(self.made(spec.in_features, spec.out_features, 0), spec.name)
-        return method_class(QuantInit(self.config, stored, CPU, spec.dtype)).linear(spec, (spec,))
-
-    def stored(self, linear, seed):
-        return self.made(linear.spec.in_features, linear.spec.out_features, seed)
-
-
-class TestFP8(TestCompressedTensors):
-    config = MappingProxyType({"weight_block_size": [32, 128]})
-
-    @pytest.fixture
-    def method_class(self):
-        return FP8Method
-
-    def made(self, inputs, outputs, seed):
-        return fp8_tensors(inputs, outputs, (outputs, 1), seed=seed)[0]
+TestCompressedTensors = conformance("quantization", "compressed-tensors")
+TestFP8 = conformance("quantization", "fp8")
 
 
 def check(folders, **options):

@@ -1,16 +1,17 @@
 """Layers in GPTQ's and AWQ's forms: the kit, every variant against its definition, refusals."""
 
 from dataclasses import replace
-from types import MappingProxyType
 
 import pytest
 import torch
 from quire import ConfigError, UnsupportedModel
-from quire.plugin import LinearSpec, QuantInit
-from quire.testing.quantization import QuantizationConformance
+from quire.plugin import LinearSpec, OpInit, QuantInit, QuantLinearSpec
+from quire.testing.certify import conformance
+from quire.testing.op import OpConformance
+from quire.testing.quantization import reference_op
 from quire_quant.awq import AWQMethod
 from quire_quant.gptq import GPTQMethod
-from quire_quant.linear import KernelOptions
+from quire_quant.kernels import DequantOps, Int4PackOps
 from quire_quant.testing import awq_tensors, gemv_tensors, gptq_tensors, random_layer
 
 CPU = torch.device("cpu")
@@ -21,17 +22,16 @@ def stored_headers(tensors, name=NAME):
     return {f"{name}.{suffix}": (tuple(t.shape), t.dtype) for suffix, t in tensors.items()}
 
 
-def loaded(method_class, config, tensors, inputs, outputs, dtype=torch.float64, options=None):
+def loaded(method_class, config, tensors, inputs, outputs, dtype=torch.float64, op=reference_op):
     spec = LinearSpec(inputs, outputs, False, dtype, name=NAME)
-    method = method_class(QuantInit(config, stored_headers(tensors), CPU, dtype, options))
-    linear = method.linear(spec, (spec,))
-    return linear, linear.finalize(tensors, CPU), method
+    linear = method_class(QuantInit(config, stored_headers(tensors), CPU, dtype, op=op)).linear(spec, (spec,))
+    return linear, linear.finalize(tensors, CPU)
 
 
 def check(method_class, config, tensors, layer):
     """The weight is what the format says, and forward multiplies by it."""
     inputs, outputs = layer.codes.shape
-    linear, state, _ = loaded(method_class, config, tensors, inputs, outputs)
+    linear, state = loaded(method_class, config, tensors, inputs, outputs)
     torch.testing.assert_close(linear.dequantize(state), layer.weight, rtol=1e-6, atol=1e-7)
     x = torch.randn(3, inputs, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(linear.forward(x, state, None), x @ layer.weight.t(), rtol=1e-5, atol=1e-6)
@@ -66,10 +66,10 @@ def test_the_worked_gptq_example():
     tensors = gptq_tensors(layer, 4)
     assert hex(tensors["qzeros"][1].item() & 0xFFFFFFFF) == "0x8410e2f6"
     config = {"bits": 4, "group_size": 4, "sym": False}
-    linear, state, _ = loaded(GPTQMethod, config, tensors, 8, 8)
+    linear, state = loaded(GPTQMethod, config, tensors, 8, 8)
     assert linear.dequantize(state)[1].tolist() == [-3, -2.5, -2, -1.5, 1.5, 1.75, 2, 2.25]
     tensors["g_idx"] = torch.tensor([1, 0, 1, 0, 0, 1, 1, 0], dtype=torch.int32)
-    linear, state, _ = loaded(GPTQMethod, config, tensors, 8, 8)
+    linear, state = loaded(GPTQMethod, config, tensors, 8, 8)
     assert linear.dequantize(state)[1].tolist() == [0.5, -2.5, 1, -1.5, -1, 1.75, 2, 0.5]
     assert state[0].perm.tolist() == [1, 3, 4, 7, 0, 2, 5, 6]
 
@@ -102,53 +102,24 @@ def test_awq_without_zero_points():
     check(AWQMethod, {"bits": 4, "group_size": 32, "zero_point": False}, tensors, layer)
 
 
-class TestGPTQ(QuantizationConformance):
-    shapes = ((256, 96), (384, 32), (128, 1504))
-    config = MappingProxyType({"bits": 4, "group_size": 128, "sym": False})
-    kernel = "auto"
-
-    @pytest.fixture
-    def method_class(self):
-        return GPTQMethod
-
-    def tensors_of(self, linear, seed):
-        layer = random_layer(linear.spec.in_features, linear.spec.out_features, 4, 128, seed=seed)
-        return gptq_tensors(layer, 4)
-
-    def init(self, dtype, names=("m.96", "m.32", NAME)):
-        stored = {f"{name}.qweight": None for name in names}
-        return QuantInit(self.config, stored, CPU, dtype, KernelOptions(kernel=self.kernel))
-
-    def stored(self, linear, seed):
-        return self.tensors_of(linear, seed)
+TestGPTQ = conformance("quantization", "gptq")
+TestAWQ = conformance("quantization", "awq")
 
 
 class TestGPTQByDequantization(TestGPTQ):
-    kernel = "dequant"
+    op = staticmethod(DequantOps(OpInit(CPU, 256)).build)
 
 
-class TestAWQ(TestGPTQ):
-    config = MappingProxyType({"bits": 4, "group_size": 128})
-
-    @pytest.fixture
-    def method_class(self):
-        return AWQMethod
-
-    def tensors_of(self, linear, seed):
-        return awq_tensors(random_layer(linear.spec.in_features, linear.spec.out_features, 4, 128, seed=seed))
-
-
-@pytest.mark.parametrize("kernel", ["int4pack", "dequant"])
-def test_kernels_agree_on_any_input(kernel):
+@pytest.mark.parametrize("ops", [Int4PackOps, DequantOps])
+def test_op_sets_agree_on_any_input(ops):
     """Slices, act-order, groups that the operation does not know, 2 and 3 bits."""
     for bits, size, act_order in ((4, 96, True), (3, 32, False), (2, -1, False), (4, 64, True)):
         layer = random_layer(192, 48 if bits == 4 else 64, bits, size, act_order=act_order)
         config = {"bits": bits, "group_size": size, "sym": False}
         tensors = gptq_tensors(layer, bits)
         outputs = layer.codes.shape[1]
-        options = KernelOptions(kernel=kernel)
-        linear, state, method = loaded(GPTQMethod, config, tensors, 192, outputs, torch.bfloat16, options)
-        assert method.kernels[NAME][0] == kernel
+        op = ops(OpInit(CPU, 256)).build
+        linear, state = loaded(GPTQMethod, config, tensors, 192, outputs, torch.bfloat16, op)
         wide = torch.randn(5, 400, generator=torch.Generator().manual_seed(0)).bfloat16()
         for rows in (0, 1, 5):
             x = wide[:rows, 3:195]
@@ -161,7 +132,9 @@ def test_sources_that_order_their_inputs_differently_are_held_apart():
     specs = tuple(LinearSpec(64, p.codes.shape[1], True, torch.float64, name=f"m.{i}") for i, p in enumerate(parts))
     each = [gptq_tensors(part, 4) for part in parts]
     headers = {k: v for i, t in enumerate(each) for k, v in stored_headers(t, f"m.{i}").items()}
-    method = GPTQMethod(QuantInit({"bits": 4, "group_size": 32, "sym": False}, headers, CPU, torch.float64))
+    method = GPTQMethod(
+        QuantInit({"bits": 4, "group_size": 32, "sym": False}, headers, CPU, torch.float64, op=reference_op)
+    )
     linear = method.linear(replace(specs[0], out_features=96, name="m"), specs)
     joined = {t.name: torch.cat([tensors[t.name] for tensors in each], t.out_dim) for t in linear.tensors()}
     state = linear.finalize(joined, CPU)
@@ -210,15 +183,26 @@ def test_refusals_that_need_the_tensors():
         GPTQMethod(QuantInit(GOOD, {"model.mlp.experts.0.up_proj.qweight": ((), torch.int32)}, CPU, torch.float32))
 
 
-def test_a_kernel_that_cannot_serve_is_named_with_its_reason():
-    tensors = gptq_tensors(random_layer(64, 32, 8, 32), 8)
-    with pytest.raises(ConfigError, match=r"int4pack: codes have 8 bits.*float32"):
-        loaded(GPTQMethod, GOOD | {"bits": 8}, tensors, 64, 32, torch.float32, KernelOptions(kernel="int4pack"))
+class TestInt4PackOps(OpConformance):
+    @pytest.fixture
+    def op_set(self):
+        return Int4PackOps(self.init())
 
 
-def test_auto_takes_the_first_kernel_that_serves_and_says_why():
+class TestDequantOps(OpConformance):
+    @pytest.fixture
+    def op_set(self):
+        return DequantOps(self.init())
+
+
+def test_reasons_of_int4pack():
+    spec = QuantLinearSpec(64, 40, 8, 24, "middle", torch.float32)
+    reasons = " ".join(Int4PackOps(OpInit(torch.device("meta"), 16)).why_not(spec))
+    for part in ("not meta", "8 bits", "float32", "40 outputs", "groups of 24"):
+        assert part in reasons
+
+
+def test_without_op_sets_the_error_says_so():
     tensors = gptq_tensors(random_layer(64, 32, 4, 32), 4)
-    for dtype, name, reason in ((torch.bfloat16, "int4pack", "first"), (torch.float32, "dequant", "float32")):
-        _, _, method = loaded(GPTQMethod, GOOD, tensors, 64, 32, dtype)
-        assert method.kernels[NAME][0] == name
-        assert reason in method.kernels[NAME][1]
+    with pytest.raises(ConfigError, match="no op set serves quant_linear"):
+        loaded(GPTQMethod, GOOD, tensors, 64, 32, op=QuantInit({}, {}, CPU, torch.float32).op)

@@ -11,8 +11,9 @@ from quire.kv.paged import PagedAllocator
 from quire.kv.radix import RadixAllocator, RadixOptions
 from quire.scheduling.continuous import MAX_PREEMPTIONS, ContinuousScheduler
 from quire.scheduling.policies import FcfsPolicy, PriorityOptions, PriorityPolicy
-from quire.testing.scheduler import SchedulerConformance, make_request
+from quire.testing.scheduler import SchedulerConformance
 from quire.testing.scheduler_policy import SchedulerPolicyConformance, request_view
+from quire.testing.simulation import make_request
 
 
 class CopyingRadix(RadixAllocator):

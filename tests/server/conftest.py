@@ -47,8 +47,7 @@ def running(llm, sink=None, **settings):
     """A server in a thread of its own."""
     state = ServerState(llm, ServerSettings(port=0, **settings), metrics=sink.render if sink else None)
     if sink is not None:
-        sink.set_cache_info(llm.info.num_kv_blocks, llm.info.block_size)
-        sink.watch_rejections(lambda: state.admission.num_refused)
+        sink.watch(llm, state.admission.refused)
     socket = open_socket(state.settings)
     listener = Listener(create_app(state), state)
     thread = threading.Thread(target=listener.serve_on, args=(socket,))

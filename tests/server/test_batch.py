@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import json
-import logging
 import random
 
 import httpx
@@ -178,11 +177,8 @@ def test_waits_are_bounded(advice, seed):
 
 @pytest.fixture
 def quire():
-    """Runs the program; its log is put back as it was."""
-    logger = logging.getLogger("quire")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield lambda *arguments: CliRunner().invoke(app, ["batch", *map(str, arguments)], prog_name="quire")
-    logger.handlers[:], logger.level, logger.propagate = before
+    """Runs the program."""
+    return lambda *arguments: CliRunner().invoke(app, ["batch", *map(str, arguments)], prog_name="quire")
 
 
 def test_the_command_with_an_engine_of_its_own(quire, source, tmp_path):

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import os
 import pty
 import signal
@@ -29,12 +28,9 @@ from typer.testing import CliRunner
 
 @pytest.fixture
 def quire(monkeypatch):
-    """Runs the program; its log is put back as it was."""
+    """Runs the program."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    logger = logging.getLogger("quire")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield lambda *arguments, **more: CliRunner().invoke(app, list(map(str, arguments)), prog_name="quire", **more)
-    logger.handlers[:], logger.level, logger.propagate = before
+    return lambda *arguments, **more: CliRunner().invoke(app, list(map(str, arguments)), prog_name="quire", **more)
 
 
 def test_a_piped_message_is_answered(quire, server):

@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import json
-import logging
 import statistics
 
 import httpx
@@ -179,12 +178,9 @@ def test_prompts(tmp_path):
 
 @pytest.fixture
 def quire(monkeypatch):
-    """Runs the program; its log is put back as it was."""
+    """Runs the program."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    logger = logging.getLogger("quire")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield lambda *arguments: CliRunner().invoke(app, ["bench", *map(str, arguments)], prog_name="quire")
-    logger.handlers[:], logger.level, logger.propagate = before
+    return lambda *arguments: CliRunner().invoke(app, ["bench", *map(str, arguments)], prog_name="quire")
 
 
 def test_a_real_server_under_load(quire, server, tmp_path):

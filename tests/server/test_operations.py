@@ -8,41 +8,12 @@ import pytest
 from pydantic import SecretStr
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
-METRICS = """
-admission_rejections cache_config_info e2e_request_latency_seconds generation_tokens_total iteration_tokens_total
-kv_cache_usage_perc num_preemptions_total num_requests_running num_requests_waiting prefix_cache_hits_total
-prefix_cache_queries_total prompt_tokens_total request_decode_time_seconds request_generation_tokens
-request_prefill_time_seconds request_prompt_tokens request_queue_time_seconds request_success_total
-request_time_per_output_token_seconds time_to_first_token_seconds
-"""
-"""Dashboards are built on these names: one that goes, or changes, breaks somebody's."""
 
 
 def test_health_readiness_and_version(http):
     assert http.get("/health").json() == {"status": "ok"}
     assert http.get("/ready").json() == {"status": "ready"}
     assert re.fullmatch(r"\d+\.\d+\..*", http.get("/version").json()["version"])
-
-
-def test_the_names_of_metrics(http):
-    http.post("/v1/chat/completions", json=HELLO)
-    text = http.get("/metrics").text
-    found = set(re.findall(r"^# TYPE quire:(\S+)", text, re.MULTILINE))
-    assert {name for name in found if not name.endswith("_created")} == set(METRICS.split())
-
-
-def test_metrics_count(http):
-    def value(name):
-        return float(re.search(rf"^quire:{name}(?:\{{.*\}})? (\S+)", http.get("/metrics").text, re.MULTILINE)[1])
-
-    before = value("generation_tokens_total"), value("e2e_request_latency_seconds_count"), value("prompt_tokens_total")
-    answer = http.post("/v1/chat/completions", json=HELLO | {"n": 2, "ignore_eos": True}).json()
-    after = value("generation_tokens_total"), value("e2e_request_latency_seconds_count"), value("prompt_tokens_total")
-    assert after[0] - before[0] == answer["usage"]["completion_tokens"] == 4
-    assert after[1] - before[1] == 2
-    assert after[2] - before[2] >= answer["usage"]["prompt_tokens"]
-    assert value("num_requests_running") == 0
-    assert value("cache_config_info") == 1
 
 
 def test_tokens_there_and_back(http):

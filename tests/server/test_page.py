@@ -9,7 +9,7 @@ from quire_server.routes.page import ASSETS, TYPES
 
 FOLDER = files("quire_server") / "page"
 TEXTS = {file.name: file.read_text() for file in FOLDER.iterdir() if file.name.rpartition(".")[2] in TYPES}
-PAGES = {"/": ("index.html", ("page.js", "stream.js", "grid.js")), "/docs": ("docs.html", ("docs.js", "stream.js"))}
+PAGES = {"/": ("index.html", ("page.js", "engine.js")), "/docs": ("docs.html", ("docs.js",))}
 
 
 def test_every_file_is_served_and_needs_no_key(http):
@@ -39,24 +39,36 @@ def test_scripts_and_pages_agree(path):
     page, scripts = PAGES[path]
     html = TEXTS[page]
     ids = set(re.findall(r'id="([\w-]+)"', html))
-    used = set(re.findall(r'at\("([\w-]+)"\)', TEXTS[scripts[0]]))
+    used = {name for script in scripts for name in re.findall(r'at\("([\w-]+)"\)', TEXTS[script])}
     if path == "/":
         used |= set(re.search(r"NUMBERS = \[(.*?)\]", TEXTS["page.js"])[1].replace('"', "").replace(" ", "").split(","))
+        used |= set(re.findall(r"^    (\w+): ", TEXTS["engine.js"], re.MULTILINE))
+        assert {"running", "hits", "grid", "queue"} <= used
     assert used <= ids
     linked = set(re.findall(r'(?:src|href)="(page/[\w.]+)"', html))
     assert {target.removeprefix("page/") for target in linked} <= ASSETS
-    imported = re.findall(r'from "\./([\w.]+)"', TEXTS[scripts[0]])
-    assert set(imported) <= ASSETS
-    for names, module in re.findall(r'import \{ (.*?) \} from "\./([\w.]+)"', TEXTS[scripts[0]]):
+
+
+@pytest.mark.parametrize("script", [name for name in TEXTS if name.endswith(".js")])
+def test_scripts_import_what_there_is(script):
+    imported = re.findall(r'import \{ (.*?) \} from "\./([\w.]+)"', TEXTS[script])
+    assert len(imported) == TEXTS[script].count(' from "')
+    for names, module in imported:
+        assert module in ASSETS
         for name in names.split(", "):
             assert re.search(rf"export (?:async )?(?:function\*? |class ){name}\b", TEXTS[module])
 
 
-def test_the_metrics_that_the_page_reads_exist(http):
-    known = set(re.findall(r"^quire:([a-z_]+)", http.get("/metrics").text, re.MULTILINE))
-    used = set(re.findall(r"metrics\.([a-z_]+)", TEXTS["page.js"]))
-    assert len(used) == 7
-    assert used <= known
+def test_what_the_page_reads_of_the_engine_is_told(http):
+    view = http.get("/engine").json()
+    scripts = TEXTS["engine.js"] + TEXTS["grid.js"] + TEXTS["steps.js"]
+    read = {name for _, name in re.findall(r"\b(view|one|step)\.(\w+)", scripts)}
+    of_sequences = {"sequence_id", "status", "num_prompt_tokens", "num_tokens", "block_ids"}
+    of_steps = {"step_id", "num_tokens", "num_sampled"}
+    assert read - of_sequences - of_steps <= view.keys()
+    assert len(read) > 14
+    http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
+    assert of_steps <= http.get("/engine").json()["steps"][-1].keys()
 
 
 def test_the_fields_that_the_page_sends_are_known(http):

@@ -72,7 +72,10 @@ def test_a_chat_with_everything(browser, server, tmp_path):
         return n;
     """
     until(browser, lambda: browser.execute_script(coloured) > 500)
-    assert int(browser.find_element("id", "rate").text) > 0
+    until(browser, lambda: int(browser.find_element("id", "rate").text) > 0)
+    until(browser, lambda: len(of(browser, "#queue li")) >= 6)
+    assert "running: " in of(browser, "#queue li")[0].text
+    assert browser.execute_script(coloured.replace('"grid"', '"steps"')) > 50
     browser.execute_script("document.querySelector('aside').scrollTop = 0")
     browser.save_screenshot(os.environ.get("QUIRE_SCREENSHOT", str(tmp_path / "page.png")))
     for other in others:

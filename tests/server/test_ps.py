@@ -1,7 +1,6 @@
 """`quire ps`: one row per server, whatever it answers."""
 
 import json
-import logging
 
 import httpx
 import pytest
@@ -12,14 +11,11 @@ from typer.testing import CliRunner
 
 @pytest.fixture
 def quire(monkeypatch):
-    """Runs the program; its log is put back as it was."""
+    """Runs the program."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    logger = logging.getLogger("quire")
-    saved = logger.handlers[:], logger.level, logger.propagate
-    yield lambda *arguments, before=(): CliRunner().invoke(
+    return lambda *arguments, before=(): CliRunner().invoke(
         app, [*map(str, before), "ps", *arguments], prog_name="quire"
     )
-    logger.handlers[:], logger.level, logger.propagate = saved
 
 
 def test_a_row_per_server(quire, server, serve):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quire.cli.console import note, print_table
+from quire.cli.new import new
 from quire.cli.session import open_session
 from quire.contract.provider import POINTS, Provider
 from quire.errors import ConfigError
@@ -26,10 +27,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 
 def register(app: typer.Typer, explain: Callable[..., None]) -> None:
     """Add the commands."""
-    group = typer.Typer(no_args_is_help=True, help="See what plugins are there and what they offer.")
+    group = typer.Typer(no_args_is_help=True, help="See, test and write plugins.")
     group.command("list")(list_plugins)
     group.command("explain")(explain)
     group.command("test")(certify_plugin)
+    group.command("new")(new)
     app.add_typer(group, name="plugins")
 
 
@@ -93,7 +95,8 @@ def _print_scores(scores: Sequence[Score]) -> None:
     print_table(("POINT", "NAME", "VERDICT", "PASSED", "FAILED", "SKIPPED", "WHY"), rows)
     for score in scores:
         for failure in score.failures:
-            typer.echo(f"\n{score.point} {score.name}: {failure.check}\n  {failure.message}\n  {failure.advice}")
+            typer.echo(f"\n{score.point} {score.name}: {failure.check}\n  saw:  {failure.message}")
+            typer.echo(f"  must: {failure.contract}\n  mend: {failure.advice}")
 
 
 def _row(host: PluginHost, provider: Provider, plugin: str) -> tuple[str, ...]:

@@ -169,8 +169,8 @@ class AttentionCaps:
         deterministic: True if a row's result is bitwise independent of the rest of the batch, of
             chunking and of prefix hits when `AttentionInit.deterministic` is set.
         needs_exact_host_lens: True if `plan` reads the host lengths as exact.
-        kv_tolerance: largest absolute error that a cache dtype other than `auto` adds to the result, for keys,
-            values and queries that are normally distributed; the conformance kit holds it.
+        kv_tolerance: largest absolute error that caches which hold less than their dtype says add, for the
+            conformance kit.
     """
 
     device_types: frozenset[str]
@@ -279,6 +279,21 @@ class AttentionBackend(ABC):
         k = apply_rotary(head_norm(k, step.k_norm), step.cos, step.sin, step.rotary_style)
         self.write_kv(step.layer, k, v, step.kv, step.batch)
         return q, k, v
+
+    def sees(self, layer: AttentionLayer, query: Tensor, key: Tensor) -> Tensor | None:
+        """Which keys queries attend to, beyond what `layer` says; None, the default: all that it allows.
+
+        A backend that leaves keys out on purpose says here which it keeps. Quire then warns at the start
+        that results are not the model's, and the conformance kit expects exact attention over these keys.
+
+        Args:
+            layer: the layer's facts.
+            query: int64 [q, 1], positions of queries. key: int64 [k], positions of keys.
+
+        Returns:
+            bool [q, k], or None. A query must see its own position.
+        """
+        return None
 
     def plan(self, batch: AttentionBatch) -> Any:
         """Prepare one step for all layers, outside any graph, after padding.

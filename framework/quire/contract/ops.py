@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from quire.contract.attention import GraphSupport
+
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
@@ -65,6 +67,38 @@ class LinearSpec(OpSpec):
     dtype: torch.dtype
     deterministic: bool = False
     name: str = ""
+
+
+Zeros = Literal["middle", "integer", "real"]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantLinearSpec(OpSpec):
+    """y = x · Wᵀ + bias, W[n, k] = (codes[n, k] - zeros[n, k // group_size]) · scales[n, k // group_size].
+
+    Attributes:
+        in_features: K. out_features: N.
+        bits: codes lie in [0, 2**bits); at most 8.
+        group_size: inputs that share a scale and a zero; the last group may be cut short.
+        zeros: `middle`: all are 2**(bits - 1); `integer`: whole numbers in [0, 2**bits); `real`: any.
+        dtype: of x and of the result.
+        deterministic: as in `LinearSpec`. name: as there.
+    """
+
+    kind: ClassVar[str] = "quant_linear"
+    in_features: int
+    out_features: int
+    bits: int
+    group_size: int
+    zeros: Zeros
+    dtype: torch.dtype
+    deterministic: bool = False
+    name: str = ""
+
+    @property
+    def num_groups(self) -> int:
+        """G, groups of one output's weights."""
+        return -(-self.in_features // self.group_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +167,27 @@ class LinearOp(Protocol):
         ...
 
 
+class QuantLinearOp(Protocol):
+    """Packs codes once, then multiplies. What each checkpoint's format stores is the caller's business."""
+
+    def pack(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Any:
+        """The state that `__call__` takes.
+
+        Args:
+            codes: uint8 [N, K]. scales: float32 [N, G].
+            zeros: float32 [N, G], None if and only if the spec says `middle`.
+        """
+        ...
+
+    def __call__(self, x: Tensor, state: Any, bias: Tensor | None = None) -> Tensor:
+        """x [T, K], contiguous or not -> [T, N]; a row's result must not depend on its neighbours' values."""
+        ...
+
+    def weight(self, state: Any) -> Tensor:
+        """The weight [N, K] that `__call__` multiplies by, in the spec's dtype."""
+        ...
+
+
 class MoEOp(Protocol):
     """`(x [T, H], router_logits [T, E], gate_up [E, 2I, H], down [E, H, I])` -> [T, H]; gate stands first."""
 
@@ -159,6 +214,13 @@ class OpSet(ABC):
     def why_not(self, spec: OpSpec) -> list[str]:
         """Reasons why this spec cannot be served; empty if it can."""
         return [] if spec.kind in self.kinds else [f"operation {spec.kind!r} is not one of {sorted(self.kinds)}"]
+
+    def graph_support(self, spec: OpSpec) -> GraphSupport:
+        """Which batches the implementation of this spec can serve inside a captured graph.
+
+        There it may not ask the device for a value, nor choose shapes by values. The default says never.
+        """
+        return GraphSupport.NEVER
 
     @abstractmethod
     def build(self, spec: OpSpec) -> Any:

@@ -7,14 +7,21 @@ A method is one file with three verbs: `tensors` says what to read, `finalize` r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quire.contract.ops import LinearSpec
+from quire.contract.attention import GraphSupport
+from quire.contract.ops import LinearSpec, OpSpec
+from quire.errors import ConfigError
+
+
+def no_ops(spec: OpSpec) -> Any:
+    """Where no op sets are at hand."""
+    raise ConfigError(f"no op set serves {spec.kind}: none was given", remedy="construct the method with `op`")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +34,7 @@ class QuantInit:
         device: where the model will run.
         dtype: compute dtype.
         options: the validated instance of `Provider.options`, or None.
+        op: the operation chosen for a spec, as `LayerFactory.op`; `quant_linear` multiplies by integer codes.
     """
 
     config: Mapping[str, Any]
@@ -34,6 +42,7 @@ class QuantInit:
     device: torch.device
     dtype: torch.dtype
     options: Any = None
+    op: Callable[[OpSpec], Any] = no_ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +54,7 @@ class QuantTensor:
         shape: as stored, for one unfused layer.
         dtype: as stored.
         out_dim: dimension that runs along the output features, so that q, k and v can be
-            concatenated along it; None: the tensor must be equal in all of them.
+            concatenated along it (a scalar with 0: one for each of them, [S]); None: the tensor must be equal in all.
         required: False if the checkpoint may lack it.
     """
 
@@ -58,6 +67,9 @@ class QuantTensor:
 
 class QuantLinear(ABC):
     """The quantized form of one linear layer, or of several fused along their outputs."""
+
+    graph: ClassVar[GraphSupport] = GraphSupport.NEVER
+    """Which batches `forward` can serve inside a captured graph, as in `OpSet.graph_support`."""
 
     def __init__(self, spec: LinearSpec) -> None:
         self.spec = spec

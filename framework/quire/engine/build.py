@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from quire.config import Configured, EngineConfig, configure, core_sections, with_defaults
 from quire.config_sections import check_sections
@@ -25,7 +28,7 @@ from quire.engine.intake import Intake, IntakeLimits
 from quire.engine.memory import num_kv_blocks
 from quire.engine.metrics import Metrics
 from quire.errors import ConfigError
-from quire.layers.factory import PluginLayers
+from quire.layers.factory import Operations, PluginLayers
 from quire.loader.checkpoint import resolve_checkpoint
 from quire.loader.load import load_model
 from quire.loader.progress import Progress, TerminalProgress
@@ -34,6 +37,8 @@ from quire.registry import HostOptions, PluginHost, Selection, build_host
 from quire.resolve import ResolvedConfig, resolve
 from quire.sampling.pipeline import SamplingPipeline, validate_params
 from quire.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def build_engine(
@@ -116,8 +121,8 @@ def build_tokenizer(config: ResolvedConfig) -> Tokenizer:
     return Tokenizer(config.checkpoint.folder, config.checkpoint.generation_config, template, timeout)
 
 
-def build_model(config: ResolvedConfig, host: PluginHost, progress: Progress | None = None) -> CausalLM:
-    """Load the model onto the device."""
+def build_layers(config: ResolvedConfig, host: PluginHost) -> PluginLayers:
+    """Where the model's layers get their operations and quantized forms from."""
     device = config.device.torch_device()
     op_sets = [
         (
@@ -126,10 +131,18 @@ def build_model(config: ResolvedConfig, host: PluginHost, progress: Progress | N
         )
         for choice in config.op_sets
     ]
-    layers = PluginLayers(op_sets, config.ops, _quantization(config, host))
+    operations = Operations(op_sets, config.ops)
+    return PluginLayers(operations, _quantization(config, host, operations))
+
+
+def build_model(
+    config: ResolvedConfig, host: PluginHost, progress: Progress | None = None, layers: PluginLayers | None = None
+) -> CausalLM:
+    """Load the model onto the device."""
+    layers = layers or build_layers(config, host)
     init = ModelInit(
         config=config.model_config,
-        device=device,
+        device=config.device.torch_device(),
         dtype=config.dtype,
         max_model_len=config.max_model_len,
         layers=layers,
@@ -156,6 +169,9 @@ def build_attention(config: ResolvedConfig, host: PluginHost, model: CausalLM) -
         kv_dtype=config.config.kv_cache_dtype,
     )
     backend: AttentionBackend = choice.target(init)
+    somewhere = torch.zeros(1, 1, dtype=torch.int64)
+    if any(backend.sees(layer, somewhere, somewhere[0]) is not None for layer in init.layers):
+        logger.warning("attention %r leaves out keys on purpose: results are not the model's", choice.name)
     return backend
 
 
@@ -192,6 +208,9 @@ def _parts(front: Front, host: PluginHost, executor: Executor, blocks: int) -> E
             max_model_len=config.max_model_len,
             clock=clock,
             options=options,
+            needs_host_tokens=lambda params: any(
+                choice.target.needs_host_tokens(params) for choice in config.processors
+            ),
         ),
     )
     sinks = [
@@ -236,7 +255,7 @@ def _step_hook(host: PluginHost) -> Callable[[StepStats], None] | None:
     return lambda stats: host.notify("quire_on_step", stats=stats)
 
 
-def _quantization(config: ResolvedConfig, host: PluginHost) -> QuantMethod | None:
+def _quantization(config: ResolvedConfig, host: PluginHost, operations: Operations) -> QuantMethod | None:
     choice = config.quantization
     if choice is None:
         return None
@@ -248,6 +267,7 @@ def _quantization(config: ResolvedConfig, host: PluginHost) -> QuantMethod | Non
             device=config.device.torch_device(),
             dtype=config.dtype,
             options=_options(config, host, choice),
+            op=operations.op,
         )
     )
     return method

@@ -2,6 +2,12 @@
 
     add -> Scheduler.add ... step -> Scheduler.schedule -> Executor.step -> Scheduler.update -> deltas
 
+With asynchronous scheduling a call launches a step, and then waits for the one before it, so that the host
+schedules and makes texts while the device computes:
+
+    step N+1:  schedule N+1 | launch N+1 | wait for N | update N | deltas of N
+    device:    ... N ................... | N+1 .......................
+
 Every accepted request ends in exactly one delta with `finished` set.
 """
 
@@ -11,6 +17,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from quire.contract.executor import Executor
@@ -55,12 +62,23 @@ class EngineParts:
     num_kv_blocks: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that was handed to the executor. `schedule_s`: seconds that scheduling it took."""
+
+    schedule: Schedule
+    future: Future[StepResult]
+    schedule_s: float
+
+
 class Engine:
     """Runs requests to their end. `prepare` is safe from any thread, everything else belongs to one."""
 
     def __init__(self, parts: EngineParts) -> None:
         self.parts = parts
         self._emission = Emission(parts.tokenizer, self._finish)
+        self._flying: deque[_Flight] = deque()
+        self._depth = 2 if parts.config.async_scheduling else 1
         self._failed_steps = 0
         self._steps: deque[StepStats] = deque(maxlen=NUM_STEPS)
 
@@ -122,24 +140,22 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self.parts.scheduler.has_work()
+        return bool(self._flying) or self.parts.scheduler.has_work()
 
     def step(self) -> list[OutputDelta]:
-        """Schedule and run one step; what it added. Raises EngineDead after several failed steps in a row."""
-        parts = self.parts
+        """Launch one step, and end the one that is due; what that added. Raises EngineDead if several fail in a row."""
         started = time.perf_counter()
-        schedule = parts.scheduler.schedule()
+        schedule = self.parts.scheduler.schedule()
         scheduled = time.perf_counter()
-        parts.metrics.scheduled(schedule)
-        result = self._execute(schedule)
-        executed = time.perf_counter()
-        updates = parts.scheduler.update(schedule, result)
-        deltas = self._emission.process(updates)
-        times = StepTimes(scheduled - started, time.perf_counter() - executed)
-        if not schedule.is_empty:
-            stats = step_stats(schedule, result, updates, times, parts.scheduler, parts.allocator)
-            self._report(stats)
-        parts.metrics.updated(updates)
+        self.parts.metrics.scheduled(schedule)
+        future = self._launch(schedule)
+        if schedule.is_empty:
+            return self._land() if self._flying else []
+        self._flying.append(_Flight(schedule, future, scheduled - started))
+        deltas: list[OutputDelta] = []
+        # A step that is done although nobody has waited has failed, most likely; nothing is built on it then.
+        while self._flying and (len(self._flying) >= self._depth or future.done()):
+            deltas += self._land()
         return deltas
 
     def fail(self, error: str) -> list[OutputDelta]:
@@ -172,12 +188,35 @@ class Engine:
 
     def shutdown(self) -> None:
         """Let model, caches and sinks go; idempotent."""
+        self._flying.clear()
         self.parts.metrics.close()
         self.parts.executor.shutdown()
 
-    def _execute(self, schedule: Schedule) -> StepResult:
+    def _launch(self, schedule: Schedule) -> Future[StepResult]:
         try:
-            result = self.parts.executor.step(schedule).result()
+            return self.parts.executor.step(schedule)
+        except Exception as error:
+            failed: Future[StepResult] = Future()
+            failed.set_exception(error)
+            return failed
+
+    def _land(self) -> list[OutputDelta]:
+        """Wait for the oldest step in flight, and take its results."""
+        parts, flight = self.parts, self._flying.popleft()
+        result = self._result(flight)
+        landed = time.perf_counter()
+        updates = parts.scheduler.update(flight.schedule, result)
+        gaps = parts.metrics.token_gaps(updates)  # before anything forgets a sequence that has ended
+        deltas = self._emission.process(updates)
+        times = StepTimes(flight.schedule_s, time.perf_counter() - landed, gaps)
+        self._report(step_stats(flight.schedule, result, updates, times, parts.scheduler, parts.allocator))
+        parts.metrics.updated(updates)
+        return deltas
+
+    def _result(self, flight: _Flight) -> StepResult:
+        schedule = flight.schedule
+        try:
+            result = flight.future.result()
         except Exception as error:
             self._failed_steps += 1
             logger.exception("step %d failed; its %d requests end", schedule.step_id, len(schedule.rows))
@@ -186,8 +225,7 @@ class Engine:
             text = f"the step failed: {type(error).__name__}: {error}"
             rows = tuple(RowResult(row.request_id, error=text) for row in schedule.rows)
             return StepResult(schedule.step_id, rows)
-        if not schedule.is_empty:
-            self._failed_steps = 0
+        self._failed_steps = 0
         return result
 
     def _report(self, stats: StepStats) -> None:

@@ -36,6 +36,7 @@ class Metrics:
         self._clock = clock
         self._started: dict[str, float] = {}
         self._first_token: dict[str, float] = {}
+        self._last_token: dict[str, float] = {}
 
     def add(self, name: str, sink: MetricsSink) -> None:
         """Feed one more sink from now on."""
@@ -53,6 +54,19 @@ class Metrics:
             for row in schedule.new_rows:
                 self._started.setdefault(row.request_id, now)
 
+    def token_gaps(self, updates: Sequence[RequestUpdate]) -> tuple[tuple[float, int], ...]:
+        """How long ago the sequences that got tokens had got some before, as in `StepStats.token_gaps`."""
+        now = self._clock()
+        gaps: dict[float, int] = {}
+        for update in updates:
+            if not update.new_token_ids:
+                continue
+            key = update.request.request_id
+            if (last := self._last_token.get(key)) is not None:
+                gaps[now - last] = gaps.get(now - last, 0) + 1
+            self._last_token[key] = now
+        return tuple(gaps.items())
+
     def updated(self, updates: Sequence[RequestUpdate]) -> None:
         """Remember first tokens, and report the requests that ended."""
         now = self._clock()
@@ -67,6 +81,7 @@ class Metrics:
         """A request has ended, by whatever reason."""
         now, arrived, key = self._clock(), request.arrival_time, request.request_id
         started, first = self._started.pop(key, None), self._first_token.pop(key, None)
+        self._last_token.pop(key, None)
         stats = RequestStats(
             request_id=key,
             finish_reason=request.finish_reason.value if request.finish_reason else "",
@@ -103,10 +118,11 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds that the engine itself spent on a step."""
+    """Seconds that the engine itself spent on a step, and the gaps that sequences waited for it."""
 
     schedule_s: float
     update_s: float
+    token_gaps: tuple[tuple[float, int], ...]
 
 
 def step_stats(
@@ -138,6 +154,8 @@ def step_stats(
         forward_s=result.forward_s,
         sample_s=result.sample_s,
         update_s=times.update_s,
+        token_gaps=times.token_gaps,
+        wait_s=result.wait_s,
     )
 
 

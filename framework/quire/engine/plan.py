@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from quire.contract.attention import KV_DTYPES, AttentionBackend
-from quire.engine.memory import SHARE_OF_FREE
 from quire.loader.files import StoredTensor
 from quire.registry import AUTO
 from quire.resolve import ResolvedConfig
@@ -45,6 +44,7 @@ class Form:
 
 FORMS = (
     Form("int8 at load", 8, 4, False),
+    Form("int4 at load", 4, 4, False),
     Form("gptq", 8, 2, True),
     Form("gptq, awq", 4, 2, True),
     Form("gptq", 3, 2, True),
@@ -106,7 +106,7 @@ def make_plan(config: ResolvedConfig, group_size: int) -> Plan:
     kv, cached = _bytes_per_token(config), config.config.kv_cache_dtype
 
     def weights(form: str, methods: str, size: int, dtype: torch.dtype) -> WeightPlan:
-        pool = int(max(0, memory.free - size) * SHARE_OF_FREE)
+        pool = int(max(0, memory.free - size) * memory.kv_share)
         tokens = pool // kv[_named(dtype) if cached == AUTO else cached]
         fits = tokens >= 2 * config.block_size
         return WeightPlan(form, methods, size, fits, tokens if fits else 0, tokens // config.max_model_len)
@@ -129,7 +129,7 @@ def _forms(config: ResolvedConfig, group_size: int) -> Iterator[tuple[str, str, 
     tensors = config.checkpoint.tensors
     stored = config.checkpoint.quantization_config
     if stored:
-        yield "as stored", str(stored.get("quant_method")), config.checkpoint.num_bytes, config.dtype
+        yield "as stored", str(config.checkpoint.quant_method), config.checkpoint.num_bytes, config.dtype
         return
     for dtype in DTYPES:
         yield _named(dtype), "", sum(math.prod(t.shape) * dtype.itemsize for t in tensors.values()), dtype

@@ -2,45 +2,51 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quire.contract.attention import GraphSupport
 from quire.contract.model import LayerFactory
 from quire.contract.ops import LinearSpec, OpSet, OpSpec
 from quire.contract.quant import QuantLinear, QuantMethod
 from quire.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 DEFAULT = "default"
 
 
-class PluginLayers(LayerFactory):
+class Operations:
     """Picks the first op set that serves a spec, in order of priority, or the one that the user named.
 
     Args:
         op_sets: (name, op set), highest priority first.
         overrides: kind of operation, or `default` -> name of the op set to use; it never falls back.
-        quantization: the method for linear layers, or None.
+
+    Attributes:
+        chosen: kind of operation -> op sets. graph_support: what was handed out -> the graphs it can run in.
     """
 
-    def __init__(
-        self,
-        op_sets: Sequence[tuple[str, OpSet]],
-        overrides: Mapping[str, str],
-        quantization: QuantMethod | None = None,
-    ) -> None:
+    def __init__(self, op_sets: Sequence[tuple[str, OpSet]], overrides: Mapping[str, str]) -> None:
         self._op_sets = dict(op_sets)
         self._overrides = overrides
-        self._quantization = quantization
-        self.chosen: dict[str, str] = {}
+        self.chosen: dict[str, set[str]] = {}
+        self.graph_support: dict[str, GraphSupport] = {}
 
     def op(self, spec: OpSpec) -> Any:
+        """The operation for a spec. Raises ConfigError that gives each op set's reasons."""
         wanted = self._overrides.get(spec.kind) or self._overrides.get(DEFAULT)
         names = [wanted] if wanted else list(self._op_sets)
-        reasons = []
+        reasons: list[str] = []
         for name in names:
             why = self._op_sets[name].why_not(spec)
             if not why:
-                self.chosen[spec.kind] = name
+                self.chosen.setdefault(spec.kind, set()).add(name)
+                logger.debug("%s by %s: %s; passed over: %s", spec.kind, name, spec, " | ".join(reasons) or "none")
+                note = f"op {spec.kind} of {name}"
+                support = self._op_sets[name].graph_support(spec)
+                self.graph_support[note] = min(support, self.graph_support.get(note, support))
                 return self._op_sets[name].build(spec)
             reasons.append(f"{name}: {'; '.join(why)}")
         raise ConfigError(
@@ -48,8 +54,31 @@ class PluginLayers(LayerFactory):
             remedy=f"change ops.{spec.kind}" if wanted else "load a plugin that provides it",
         )
 
+
+class PluginLayers(LayerFactory):
+    """Operations from op sets; quantized layers from a method, or none."""
+
+    def __init__(self, operations: Operations, quantization: QuantMethod | None = None) -> None:
+        self._operations = operations
+        self._quantization = quantization
+        self._quantized = GraphSupport.ANY
+
+    def op(self, spec: OpSpec) -> Any:
+        return self._operations.op(spec)
+
     def quant_linear(self, spec: LinearSpec, sources: tuple[LinearSpec, ...]) -> QuantLinear | None:
-        return self._quantization.linear(spec, sources) if self._quantization is not None else None
+        if self._quantization is None:
+            return None
+        quantized = self._quantization.linear(spec, sources)
+        if quantized is not None:
+            self._quantized = min(self._quantized, quantized.graph)
+        return quantized
+
+    @property
+    def graph_support(self) -> dict[str, GraphSupport]:
+        """What was handed out -> the graphs it can run in."""
+        quantization = {} if self._quantization is None else {type(self._quantization).__name__: self._quantized}
+        return self._operations.graph_support | quantization
 
     def may_fuse(self, sources: tuple[LinearSpec, ...]) -> bool:
         return self._quantization is None or self._quantization.may_fuse(sources)

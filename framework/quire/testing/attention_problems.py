@@ -40,6 +40,8 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Largest absolute error for values of order one, by dtype."""
+KV_TOLERANCE = {"fp8_e4m3": 0.15}
+"""What a cache's dtype may add to it: of 3 bits after the point, numbers up to 4 are off by up to 1/8."""
 
 
 def make_layer(name: str, head_dim: int = 32) -> AttentionLayer:
@@ -48,8 +50,11 @@ def make_layer(name: str, head_dim: int = 32) -> AttentionLayer:
     return AttentionLayer(layer_id=0, **fields)
 
 
-def oracle(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one request in float64: q [q, Hq, D] are the last of k [n, Hkv, D], v [n, Hkv, Dv]."""
+def oracle(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend | None = None) -> Tensor:
+    """Attention of one request in float64: q [q, Hq, D] are the last of k [n, Hkv, D], v [n, Hkv, Dv].
+
+    `backend`: over the keys that it says it sees.
+    """
     count, length = q.shape[0], k.shape[0]
     out = torch.empty(count, layer.num_heads, layer.v_head_dim, dtype=torch.float64)
     group = layer.num_heads // layer.num_kv_heads
@@ -58,15 +63,17 @@ def oracle(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for row in range(count):
             position = length - count + row
             first = 0 if layer.sliding_window is None else max(0, position - layer.sliding_window + 1)
-            scores = keys[first : position + 1] @ q[row, head].double() * layer.scale
+            at = torch.arange(first, position + 1)
+            kept = None if backend is None else backend.sees(layer, torch.tensor([[position]]), at)
+            at = at if kept is None else at[kept[0]]
+            scores = keys[at] @ q[row, head].double() * layer.scale
             if layer.logit_softcap is not None:
                 scores = layer.logit_softcap * torch.tanh(scores / layer.logit_softcap)
             if layer.alibi_slopes is not None:
-                distance = torch.arange(first, position + 1) - position
-                scores = scores + layer.alibi_slopes[head].double() * distance
+                scores = scores + layer.alibi_slopes[head].double() * (at - position)
             weights = scores.exp()
             total = weights.sum() + (layer.sinks[head].double().exp() if layer.sinks is not None else 0.0)
-            out[row, head] = (weights / total) @ values[first : position + 1]
+            out[row, head] = (weights / total) @ values[at]
     return out
 
 
@@ -144,11 +151,11 @@ class Problem:
                 backend.write_kv(self.layer, self.keys[row][:context], self.values[row][:context], caches, batch)
         return caches
 
-    def expected(self) -> list[Tensor]:
-        """The oracle's result per row."""
+    def expected(self, backend: AttentionBackend | None = None) -> list[Tensor]:
+        """The oracle's result per row; with a backend, over the keys that it says it sees."""
         starts = torch.tensor([0, *self.query_lens]).cumsum(0).tolist()
         return [
-            oracle(self.layer, self.q[start : start + count], k, v)
+            oracle(self.layer, self.q[start : start + count], k, v, backend)
             for start, count, k, v in zip(starts, self.query_lens, self.keys, self.values, strict=False)
         ]
 

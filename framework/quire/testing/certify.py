@@ -7,6 +7,7 @@ upon) takes it from the class attribute `conformance` of the target, a mapping o
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -25,9 +26,13 @@ from quire.contract.ops import OpInit
 from quire.contract.provider import Provider
 from quire.errors import ConfigError
 from quire.registry import HostOptions, PluginHost, build_host
-from quire.testing.tiny_models import ARCHITECTURES
+from quire.testing.tiny_models import ARCHITECTURES, architecture_of
 
 Verdict = Literal["certified", "failed", "not run"]
+
+
+ADVICE = "If it fails:"
+"""Begins the second part of a check's docstring."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +42,20 @@ class Kit:
     Attributes:
         target: `module:class` of the kit. fixture: the fixture that gives the class under test.
         needs: attributes that the provider has to give in `conformance`.
-        others: further fixtures, from the host and the provider.
+        others: further fixtures, from the host.
     """
 
     target: str
     fixture: str
     needs: tuple[str, ...] = ()
-    others: Callable[[PluginHost, Provider], Mapping[str, Any]] = lambda host, provider: {}
+    others: Callable[[PluginHost], Mapping[str, Any]] = lambda host: {}
 
 
-def _with_scheduler(host: PluginHost, provider: Provider) -> Mapping[str, Any]:
+def _with_scheduler(host: PluginHost) -> Mapping[str, Any]:
     return {
         "allocator_class": host.load("kv_allocator", "paged"),
         "policy_class": host.load("scheduler_policy", "fcfs"),
     }
-
-
-def _with_model(host: PluginHost, provider: Provider) -> Mapping[str, Any]:
-    return {"architecture": provider.name, "parts": (host.load("attention", "cpu_ref"), host.load("op", "torch"))}
 
 
 def _kit(name: str, kit: str, fixture: str, **more: Any) -> Kit:
@@ -71,10 +72,11 @@ KITS: Mapping[str, Kit] = MappingProxyType(
         "logits_processor": _kit("logits_processor", "LogitsProcessor", "processor_class", needs=("active_params",)),
         "quantization": _kit("quantization", "Quantization", "method_class"),
         "op": _kit("op", "Op", "op_set"),
-        "model": _kit("model", "Model", "spec", others=_with_model),
+        "model": _kit("model", "Model", "spec"),
         "output_parser": _kit("output_parser", "OutputParser", "parser_class", needs=("samples",)),
         "metrics_sink": _kit("metrics_sink", "MetricsSink", "sink_class"),
         "device": _kit("device", "Device", "device_class"),
+        "executor": _kit("executor", "Executor", "executor_class", others=lambda host: {"host": host}),
     }
 )
 """Extension point -> its kit. A point without one cannot be certified."""
@@ -82,10 +84,11 @@ KITS: Mapping[str, Kit] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A check that failed: its name, what it saw, and what its docstring says about mending."""
+    """A check that failed: its name, what it saw, what must hold, and how such a failure is mended."""
 
     check: str
     message: str
+    contract: str
     advice: str
 
 
@@ -114,15 +117,25 @@ def conformance(point: str, name: str, options: HostOptions | None = None) -> ty
     provider, _ = _find(host, point, name)
     if reason := why_not(host, provider):
         raise ConfigError(f"{point} {name!r} cannot be tested here: {reason}")
-    kit = KITS[point]
     target = host.load(point, name)
-    base = _load(kit.target)
-    given = dict(getattr(target, "conformance", {}))
     device = {} if not provider.devices or "cpu" in provider.devices else {"device": min(provider.devices)}
     subject = target(OpInit(torch.device(device.get("device", "cpu")), 256)) if point == "op" else target
-    fixtures = {kit.fixture: subject, **kit.others(host, provider)}
-    members = {fixture: _fixture(fixture, value) for fixture, value in fixtures.items()}
-    return type(f"Test_{point}_{name}", (base,), {**given, **device, **members})
+    return case_of(point, subject, host, **{**getattr(target, "conformance", {}), **device})
+
+
+def case_of(point: str, subject: Any, host: PluginHost | None = None, **attributes: Any) -> type:
+    """The kit's class for any implementation, installed or not, ready for pytest to collect.
+
+    Args:
+        point: the extension point. subject: the class under test (of `op` an instance, of `model` the spec).
+        host: where other parts come from, such as the allocator that a scheduler runs on.
+        attributes: the kit's own, such as `samples`.
+    """
+    kit = KITS[point]
+    fixtures = {kit.fixture: subject, **kit.others(host or build_host())}
+    members = {name: staticmethod(value) if inspect.isfunction(value) else value for name, value in attributes.items()}
+    members |= {fixture: _fixture(fixture, value) for fixture, value in fixtures.items()}
+    return type(f"Test_{point}_{getattr(subject, '__name__', 'subject')}", (_load(kit.target),), members)
 
 
 def why_not(host: PluginHost, provider: Provider) -> str:
@@ -132,13 +145,12 @@ def why_not(host: PluginHost, provider: Provider) -> str:
     kit = KITS.get(provider.point)
     if kit is None:
         return "the point has no kit"
-    if provider.point == "model" and provider.name not in ARCHITECTURES:
-        return f"the kit can make checkpoints of {', '.join(ARCHITECTURES)} only"
     target = host.load(provider.point, provider.name)
+    if provider.point == "model" and architecture_of(target) is None:
+        return f"the kit can make checkpoints of {', '.join(ARCHITECTURES)} only"
     given = getattr(target, "conformance", {})
-    if provider.point == "quantization" and target.checkpoint_names and not given:
-        return "it reads a format of checkpoints, whose tensors only a test file can make"
-    missing = [name for name in kit.needs if name not in given]
+    needs = ("sample",) if provider.point == "quantization" and target.checkpoint_names else kit.needs
+    missing = [name for name in needs if name not in given]
     if missing:
         return f"the kit needs {missing[0]!r}; give it in the class attribute `conformance`, or in a test file"
     return ""
@@ -184,14 +196,20 @@ def _score(point: str, name: str, plugin: str, report: Path) -> Score:
         if problem is not None:
             failed += 1
             check = case.get("name", "")
-            advice = getattr(getattr(kit, check.partition("[")[0], None), "__doc__", "") or ""
-            failures.append(Failure(check, _first_line(problem.get("message", "")), " ".join(advice.split())))
+            told = contract_and_advice(getattr(kit, check.partition("[")[0], None))
+            failures.append(Failure(check, _first_line(problem.get("message", "")), *told))
         elif case.find("skipped") is not None:
             skipped += 1
         else:
             passed += 1
     verdict: Verdict = "certified" if passed and not failed else "failed"
     return Score(point, name, plugin, verdict, passed, failed, skipped, failures=tuple(failures))
+
+
+def contract_and_advice(check: Any) -> tuple[str, str]:
+    """The two parts of a check's docstring: what must hold, and what to do if it does not."""
+    contract, _, advice = " ".join((getattr(check, "__doc__", "") or "").split()).partition(f" {ADVICE} ")
+    return contract, advice
 
 
 def _find(host: PluginHost, point: str, name: str) -> tuple[Provider, str]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import pytest
 
 from quire.contract.metrics import MetricsInit, MetricsSink, RequestStats, StepStats
 
+LIMIT_S = 0.005
+"""Seconds that the median call of a sink may take."""
 
-def step_stats(step_id: int, **changes: float) -> StepStats:
+
+def step_stats(step_id: int, **changes: Any) -> StepStats:
     """Figures of one plausible step."""
     fields = {
         "time": 1.7e9 + step_id,
@@ -28,7 +34,7 @@ def step_stats(step_id: int, **changes: float) -> StepStats:
         "sample_s": 1e-3,
         "update_s": 1e-4,
     }
-    return StepStats(step_id=step_id, **(fields | changes))  # type: ignore[arg-type]
+    return StepStats(step_id=step_id, **(fields | changes))
 
 
 class MetricsSinkConformance:
@@ -40,15 +46,36 @@ class MetricsSinkConformance:
         raise pytest.UsageError("define the fixture `sink_class`")
 
     def test_takes_any_figures(self, sink_class: type[MetricsSink]) -> None:
-        """Empty pools, empty caches, requests that never ran: no division by zero, no assumption of order."""
+        """Empty pools and caches, totals that begin anew, requests that never ran: none of it raises.
+
+        If it fails: guard every quotient, expect totals to fall to 0, and treat None as `never`.
+        """
         sink = sink_class(MetricsInit("model"))
         sink.record_step(step_stats(0, kv_total_blocks=0, kv_used_blocks=0, prefix_query_tokens=0, prefix_hit_tokens=0))
         for step_id in range(1, 50):
-            sink.record_step(step_stats(step_id))
+            sink.record_step(step_stats(step_id, token_gaps=((0.01, 2), (1.5, 1))))
+        sink.record_step(step_stats(0, prefix_query_tokens=3, prefix_hit_tokens=1))
         sink.record_request(RequestStats("a", "abort", 5, 0, 0, 0, None, None, 0.1))
         sink.record_request(RequestStats("b", "stop", 5, 4, 7, 2, 0.01, 0.02, 0.5))
         sink.close()
 
     def test_close_alone_is_fine(self, sink_class: type[MetricsSink]) -> None:
-        """An engine may end before its first step."""
+        """An engine may end before its first step.
+
+        If it fails: open files and connections at the first figure, and close what was opened.
+        """
         sink_class(MetricsInit("model")).close()
+
+    def test_returns_at_once(self, sink_class: type[MetricsSink]) -> None:
+        """The engine waits for a sink in every step: most calls take less than 5 ms.
+
+        If it fails: put the figures on a queue and let a thread of your own write or send them.
+        """
+        sink = sink_class(MetricsInit("model"))
+        seconds = []
+        for step_id in range(21):
+            started = time.perf_counter()
+            sink.record_step(step_stats(step_id))
+            seconds.append(time.perf_counter() - started)
+        sink.close()
+        assert sorted(seconds)[10] < LIMIT_S, f"the median call took {1e3 * sorted(seconds)[10]:.1f} ms"

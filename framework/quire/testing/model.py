@@ -14,11 +14,12 @@ from quire.contract.attention import AttentionBackend, AttentionInit, KVCaches
 from quire.contract.model import CausalLM, ModelInit, ModelSpec, StepContext
 from quire.contract.ops import OpInit, OpSet
 from quire.errors import UnsupportedModel
-from quire.layers.factory import PluginLayers
+from quire.layers.factory import Operations, PluginLayers
 from quire.loader.checkpoint import read_checkpoint
 from quire.loader.load import load_model
+from quire.registry import build_host
 from quire.testing.batches import make_batch
-from quire.testing.tiny_models import make_checkpoint, reference_model
+from quire.testing.tiny_models import architecture_of, make_checkpoint, reference_model
 
 BLOCK_SIZE = 8
 MAX_LEN = 128
@@ -71,15 +72,18 @@ class PagedRun:
 
 
 class ModelConformance:
-    """Holds a model spec against transformers. Subclass, and give the three fixtures."""
+    """Holds a model spec against transformers. Subclass, and give the fixture `spec`."""
 
     tolerance = 1e-4
     """Largest absolute difference of float32 logits."""
 
     @pytest.fixture
-    def architecture(self) -> str:
-        """A name in `quire.testing.tiny_models.ARCHITECTURES`."""
-        raise pytest.UsageError("define the fixture `architecture`")
+    def architecture(self, spec: ModelSpec) -> str:
+        """A name in `quire.testing.tiny_models.ARCHITECTURES`; by default the first that the spec serves."""
+        name = architecture_of(spec)
+        if name is None:
+            raise pytest.UsageError(f"no small checkpoint is known for {sorted(spec.architectures)}; see tiny_models")
+        return name
 
     @pytest.fixture
     def spec(self) -> ModelSpec:
@@ -88,8 +92,9 @@ class ModelConformance:
 
     @pytest.fixture
     def parts(self) -> tuple[type[AttentionBackend], type[OpSet]]:
-        """The attention backend and op set to run it on."""
-        raise pytest.UsageError("define the fixture `parts`")
+        """The attention backend and op set to run it on; by default the references."""
+        host = build_host()
+        return host.load("attention", "cpu_ref"), host.load("op", "torch")
 
     @pytest.fixture
     def folder(self, architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -109,7 +114,7 @@ class ModelConformance:
         checkpoint = read_checkpoint("test", folder)
         assert spec.why_not(checkpoint.config) == []
         device = torch.device("cpu")
-        layers = PluginLayers([("ops", parts[1](OpInit(device, 256)))], {})
+        layers = PluginLayers(Operations([("ops", parts[1](OpInit(device, 256)))], {}))
         config = spec.config_from_hf(checkpoint.config)
         init = ModelInit(config, device, dtype, MAX_LEN, layers, deterministic, str(folder), checkpoint.stored_rows)
         model = load_model(checkpoint, spec, init)
@@ -125,7 +130,11 @@ class ModelConformance:
     def test_logits_equal_transformers(
         self, folder: Path, spec: ModelSpec, parts: tuple[type[AttentionBackend], type[OpSet]]
     ) -> None:
-        """Every position's logits, several requests in one batch over scattered blocks."""
+        """Every position's logits, several requests in one batch over scattered blocks.
+
+        If it fails: compare layer by layer with the model in transformers: norms' offsets, rotary settings and scales
+        are what is wrong most often.
+        """
         model, backend = self.load(folder, spec, parts)
         reference = reference_model(folder)
         prompts = self.prompts(model.vocab_size)
@@ -139,7 +148,10 @@ class ModelConformance:
     def test_chunks_and_decode_equal_prefill(
         self, folder: Path, spec: ModelSpec, parts: tuple[type[AttentionBackend], type[OpSet]]
     ) -> None:
-        """The same logits whether a prompt is computed at once, in uneven chunks, or token by token."""
+        """The same logits whether a prompt is computed at once, in uneven chunks, or token by token.
+
+        If it fails: take positions from the argument, never from the batch's shape, and keep nothing between calls.
+        """
         model, backend = self.load(folder, spec, parts)
         prompts = [p for p in self.prompts(model.vocab_size) if len(p) > 1]
         whole = PagedRun(model, backend, prompts).feed([len(p) for p in prompts])
@@ -162,7 +174,11 @@ class ModelConformance:
         parts: tuple[type[AttentionBackend], type[OpSet]],
         tmp_path: Path,
     ) -> None:
-        """A load that cannot place every tensor, or lacks one, fails with its name."""
+        """A load that cannot place every tensor, or lacks one, fails with its name.
+
+        If it fails: return False from `load_weight` for unknown names, and list in `missing_weights` what was not
+        loaded.
+        """
         import shutil
 
         from safetensors.torch import load_file, save_file
@@ -180,7 +196,10 @@ class ModelConformance:
     def test_bfloat16_stays_close(
         self, folder: Path, spec: ModelSpec, parts: tuple[type[AttentionBackend], type[OpSet]]
     ) -> None:
-        """bfloat16 runs, and its logits point the same way as float32's."""
+        """bfloat16 runs, and its logits point the same way as float32's.
+
+        If it fails: norm, rotate and take the softmax in float32, and return float32 logits.
+        """
         prompts = self.prompts(100)
         outcomes = []
         for dtype in (torch.float32, torch.bfloat16):

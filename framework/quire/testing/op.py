@@ -8,11 +8,32 @@ import pytest
 import torch
 from torch import Tensor
 
-from quire.contract.ops import GatedActSpec, LinearSpec, MoESpec, OpInit, OpSet, OpSpec, RMSNormSpec
+from quire.contract.ops import (
+    GatedActSpec,
+    LinearSpec,
+    MoESpec,
+    OpInit,
+    OpSet,
+    OpSpec,
+    QuantLinearSpec,
+    RMSNormSpec,
+    Zeros,
+)
 from quire.testing.placement import placed
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 ROWS = (0, 1, 2, 3, 7, 16, 17, 33, 130)
+CODES = (
+    (4, 32, "middle"),
+    (4, 128, "integer"),
+    (4, 24, "real"),
+    (4, 192, "integer"),
+    (3, 32, "integer"),
+    (2, 96, "real"),
+    (8, 128, "middle"),
+    (8, 50, "integer"),
+)
+"""bits, group size and zeros of the quantized layers of 192 inputs that are tried; some groups are cut short."""
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -55,7 +76,11 @@ class OpConformance:
     @pytest.mark.parametrize("offset", [0.0, 1.0])
     @pytest.mark.parametrize("rows", ROWS)
     def test_rms_norm(self, op_set: OpSet, rows: int, offset: float, dtype: torch.dtype) -> None:
-        """Norm with and without a residual; the residual comes back as the sum."""
+        """Norm with and without a residual; the residual comes back as the sum.
+
+        If it fails: add x to the residual first, in the compute dtype; norm in float32; the weight's offset is added
+        before the product.
+        """
         op = self.build(op_set, RMSNormSpec(40, 1e-5, dtype, offset))
         x, residual = (torch.randn(rows, 40, generator=_seeded(i)).to(dtype) for i in range(2))
         weight = torch.rand(40, generator=_seeded(2)).to(dtype)
@@ -71,7 +96,11 @@ class OpConformance:
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     @pytest.mark.parametrize("rows", ROWS)
     def test_gated_act(self, op_set: OpSet, rows: int, activation: Any, dtype: torch.dtype) -> None:
-        """act(gate) · up, gate standing first."""
+        """act(gate) · up, gate standing first.
+
+        If it fails: the first `size` elements of a row are the gate; gelu_tanh is the approximation by tanh, gelu is
+        exact.
+        """
         op = self.build(op_set, GatedActSpec(37, activation, dtype))
         x = torch.randn(rows, 74, generator=_seeded(0)).to(dtype)
         self.close(op(x.clone()), ACTIVATIONS[activation](x[:, :37].double()) * x[:, 37:].double(), dtype)
@@ -81,7 +110,10 @@ class OpConformance:
     @pytest.mark.parametrize("deterministic", [False, True])
     @pytest.mark.parametrize("rows", ROWS)
     def test_linear(self, op_set: OpSet, rows: int, deterministic: bool, bias: bool, dtype: torch.dtype) -> None:
-        """x · Wᵀ + b, for any number of rows, contiguous or not."""
+        """x · Wᵀ + b, for any number of rows, contiguous or not.
+
+        If it fails: look at zero rows, at rows with a stride, and at a bias that `pack` dropped.
+        """
         op = self.build(op_set, LinearSpec(48, 70, bias, dtype, deterministic))
         weight = (torch.randn(70, 48, generator=_seeded(0)) / 7).to(dtype)
         offset = torch.randn(70, generator=_seeded(1)).to(dtype) if bias else None
@@ -91,11 +123,35 @@ class OpConformance:
             exact = x.double() @ weight.double().T + (offset.double() if offset is not None else 0.0)
             self.close(op(x, state), exact, dtype)
 
+    @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+    @pytest.mark.parametrize("outputs", [70, 96])
+    @pytest.mark.parametrize("code", CODES, ids=str)
+    def test_quant_linear(self, op_set: OpSet, code: tuple[int, int, Zeros], outputs: int, dtype: torch.dtype) -> None:
+        """`weight` is what the codes mean, and rows, contiguous or not, are multiplied by it."""
+        bits, group_size, kind = code
+        spec = QuantLinearSpec(192, outputs, bits, group_size, kind, dtype)
+        op, generator = self.build(op_set, spec), _seeded(bits)
+        codes, scales, zeros = quantized(spec, generator)
+        state = op.pack(codes.clone(), scales.clone(), None if zeros is None else zeros.clone())
+        weight = op.weight(state)
+        self.close(weight, _meaning(spec, codes, scales, zeros), dtype)
+        bias = torch.randn(outputs, generator=generator).to(dtype)
+        for rows in ROWS:
+            wide = torch.randn(rows, 200, generator=generator).to(dtype)
+            for x in (wide[:, 3:195], wide[:, 3:195].contiguous()):
+                exact = x.double() @ weight.double().T
+                self.close(op(x, state), exact, dtype)
+                self.close(op(x, state, bias), exact + bias.double(), dtype)
+
     @pytest.mark.parametrize("renormalize", [False, True])
     @pytest.mark.parametrize("deterministic", [False, True])
     @pytest.mark.parametrize("rows", ROWS)
     def test_moe(self, op_set: OpSet, rows: int, deterministic: bool, renormalize: bool) -> None:
-        """The chosen experts' outputs, weighted by their routing probabilities."""
+        """The chosen experts' outputs, weighted by their routing probabilities.
+
+        If it fails: softmax over all experts first, then choose; divide by the chosen ones' sum only with
+        `renormalize`.
+        """
         spec = MoESpec(5, 2, 24, 20, renormalize, "silu", torch.float32, deterministic)
         op = self.build(op_set, spec)
         x, logits = torch.randn(rows, 24, generator=_seeded(0)), torch.randn(rows, 5, generator=_seeded(1)) * 2
@@ -112,12 +168,13 @@ class OpConformance:
         self.close(op(x, logits, up, down), exact, torch.float32)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("kind", ["linear", "rms_norm", "gated_act"])
+    @pytest.mark.parametrize("kind", ["linear", "quant_linear", "rms_norm", "gated_act"])
     def test_values_of_neighbours_do_not_matter(self, op_set: OpSet, kind: str, dtype: torch.dtype) -> None:
-        """In a batch of one size a row's bits depend on that row alone, deterministic form or not.
+        """In a batch of one size a row's bits depend on that row alone, deterministic form or not; NaN and large values
+        in other rows stay there.
 
-        A scale that is shared by the batch, as in some quantized kernels, fails here. NaN and large
-        values in other rows must stay there.
+        If it fails: take scales per row: one that is shared by the batch, as in some quantized kernels, lets requests
+        see each other.
         """
         function = self.by_rows(op_set, kind, 64, dtype, deterministic=False)
         x = torch.randn(9, 64, generator=_seeded(0)).to(dtype)
@@ -128,11 +185,15 @@ class OpConformance:
             assert torch.equal(function(changed)[4], alone), f"{kind} sees {other} in other rows"
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("kind", ["linear", "rms_norm", "gated_act", "odd gated_act", "moe"])
+    @pytest.mark.parametrize("kind", ["linear", "quant_linear", "rms_norm", "gated_act", "odd gated_act", "moe"])
     def test_deterministic_forms_do_not_see_their_neighbours(
         self, op_set: OpSet, kind: str, dtype: torch.dtype
     ) -> None:
-        """Bitwise the same row alone, in any batch, at any place; large layers too, where kernels change."""
+        """Bitwise the same row alone, in any batch, at any place; large layers too, where kernels change.
+
+        If it fails: multiply tiles of one fixed number of rows, and use `quire.plugin.elementwise`; or refuse
+        deterministic specs in `why_not`.
+        """
         function = self.by_rows(op_set, kind, 3072, dtype, deterministic=True)
         x = torch.randn(100, 3072, generator=_seeded(0)).to(dtype)
         whole = function(x)
@@ -155,10 +216,32 @@ class OpConformance:
             up = torch.randn(4, 82, size, generator=_seeded(3)).to(dtype) / 50
             down = torch.randn(4, size, 41, generator=_seeded(4)).to(dtype) / 50
             return lambda x: moe(x, x[:, :4].contiguous(), up, down)
+        if kind == "quant_linear":
+            spec = QuantLinearSpec(size, 208, 4, 32, "integer", dtype, deterministic)
+            quant = self.build(op_set, spec)
+            packed = quant.pack(*quantized(spec, _seeded(5)))
+            return lambda x: quant(x, packed)
         linear = self.build(op_set, LinearSpec(size, 200, True, dtype, deterministic))
         weight = torch.randn(200, size, generator=_seeded(1)).to(dtype)
         state = linear.pack(weight, torch.randn(200, generator=_seeded(2)).to(dtype))
         return lambda x: linear(x, state)
+
+
+def quantized(spec: QuantLinearSpec, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Random codes uint8 [N, K], scales and zeros float32 [N, G], of weights with a norm of about one per output."""
+    top, groups = 1 << spec.bits, (spec.out_features, spec.num_groups)
+    codes = torch.randint(0, top, (spec.out_features, spec.in_features), generator=generator, dtype=torch.uint8)
+    scales = ((torch.rand(groups, generator=generator) + 0.5) / (top * spec.in_features**0.5)).half().float()
+    zeros = torch.rand(groups, generator=generator) * (top - 1)
+    return codes, scales, {"middle": None, "integer": zeros.round(), "real": zeros}[spec.zeros]
+
+
+def _meaning(spec: QuantLinearSpec, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """The weight float64 [N, K] of codes."""
+    group = torch.arange(spec.in_features) // spec.group_size
+    middle = float(1 << (spec.bits - 1))
+    shift = middle if zeros is None else zeros.double()[:, group]
+    return (codes.double() - shift) * scales.double()[:, group]
 
 
 class _Placed:
@@ -169,6 +252,9 @@ class _Placed:
 
     def pack(self, *tensors: Tensor | None) -> Any:
         return self._op.pack(*placed(tensors, self._device))
+
+    def weight(self, state: Any) -> Any:
+        return placed(self._op.weight(state), "cpu")
 
     def __call__(self, *arguments: Any) -> Any:
         moved = [placed(item, self._device) if isinstance(item, Tensor) else item for item in arguments]

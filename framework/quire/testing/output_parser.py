@@ -66,7 +66,11 @@ class OutputParserConformance:
         raise pytest.UsageError("define the fixture `parser_class`")
 
     def test_any_chunking_is_one_shot(self, parser_class: type[OutputParser]) -> None:
-        """Samples and mixtures of their fragments, cut anywhere, give the events of the whole."""
+        """Samples and mixtures of their fragments, cut anywhere, give the events of the whole.
+
+        If it fails: hold back what may be the beginning of a marker until it is one or is not, and the white space that
+        belongs to it.
+        """
         fragments = [*parser_class.markers, *self.samples, "a", " ", "\n", "<", "{}", "é"]
 
         @given(parts=st.lists(st.sampled_from(fragments), max_size=6), cuts=st.lists(st.integers(0, 400), max_size=12))
@@ -82,12 +86,19 @@ class OutputParserConformance:
         check()
 
     def test_plain_text_passes_unchanged(self, parser_class: type[OutputParser]) -> None:
-        """Text without markers comes out as it went in, character for character."""
+        """Text without markers comes out as it went in, character for character.
+
+        If it fails: strip nothing that does not stand beside a marker, and let go of all that is held back in `finish`.
+        """
         text = "  Two < three, {braces} and\n\na tail é. "
         assert join(parse(parser_class(ParserInit()), list(text))) == [("text", "", text)]
 
     def test_arguments_are_json(self, parser_class: type[OutputParser]) -> None:
-        """The pieces of each call's arguments join to a JSON object in UTF-8; calls are counted from 0."""
+        """The pieces of each call's arguments join to a JSON object in UTF-8; calls are counted from 0.
+
+        If it fails: parse a call before it is announced, and emit as text what is no JSON object: an unfinished call
+        too.
+        """
         for sample in self.samples:
             joined = join(parse(parser_class(ParserInit()), [sample]))
             starts = [entry for entry in joined if entry[0] == "call"]
@@ -98,7 +109,10 @@ class OutputParserConformance:
                     entry[2].encode()  # a lone surrogate could not be sent
 
     def test_no_visible_text_is_lost(self, parser_class: type[OutputParser]) -> None:
-        """Every character but markers and the space around them stands in some event, or in a complete call."""
+        """Every character but markers and the space around them stands in some event, or in a complete call.
+
+        If it fails: a call that turns out to be none comes out as the text that it was; `finish` lets go of the rest.
+        """
         for sample in self.samples:
             events = parse(parser_class(ParserInit()), [sample])
             seen = "".join(event.text for event in events if isinstance(event, TextDelta | ReasoningDelta))

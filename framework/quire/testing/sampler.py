@@ -12,9 +12,9 @@ from torch import Tensor
 from quire.contract.sampling import Sampler, SamplerInit, SamplingBatch
 
 DRAWS = 4_000
-"""Draws per frequency test: a probability that is off by a tenth of 0.3 is found with a power over 0.99.
-
-A kit's `num_draws` may be lower where a draw is slow, as in an interpreter."""
+"""Draws per set of parameters: a probability of 0.3 that is off by 0.06 is found with a power over 0.99."""
+CLOSE_DRAWS = 16_000
+"""Draws of the closer look, without truncation: one that is off by 0.03 is found with the same power."""
 CHI_SQUARE_LIMIT = {1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7, 6: 27.9, 7: 29.9}
 """Degrees of freedom -> value that a right sampler exceeds once in ten thousand runs. Seeds are fixed."""
 
@@ -47,11 +47,15 @@ def sampling_batch(rows: Sequence[RowParams], device: torch.device | str = "cpu"
     )
 
 
+def chi_square(counts: Tensor, expected: Tensor) -> float:
+    """Pearson's statistic."""
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
 class SamplerConformance:
     """What every sampler must hold. Subclass, and give the fixture `sampler_class`."""
 
     device = "cpu"
-    num_draws = DRAWS
     logits = (2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, -6.0)
 
     @pytest.fixture
@@ -79,30 +83,54 @@ class SamplerConformance:
         ],
     )
     def test_frequencies(self, sampler_class: type[Sampler], params: RowParams, allowed: int) -> None:
-        """Over many positions each candidate is drawn as often as its probability says, others never."""
+        """Over many positions each candidate is drawn as often as its probability says, others never.
+
+        If it fails: divide by the temperature before truncating; top-k, then top-p, then min-p, each over what is left;
+        keep the token that crosses top_p.
+        """
         scores = torch.tensor(self.logits, dtype=torch.float64) / params.temperature
         exact = torch.softmax(scores[:allowed], 0)  # the logits are sorted, so the candidates stand first
         rows = [
             RowParams(params.temperature, params.top_k, params.top_p, params.min_p, seed=17, position=index)
-            for index in range(self.num_draws)
+            for index in range(DRAWS)
         ]
-        drawn = torch.tensor(self.sample(sampler_class, torch.tensor([self.logits]).repeat(self.num_draws, 1), rows))
+        drawn = torch.tensor(self.sample(sampler_class, torch.tensor([self.logits]).repeat(DRAWS, 1), rows))
         counts = torch.bincount(drawn, minlength=8).double()
         assert counts[allowed:].sum() == 0, "a token was drawn that is no candidate"
-        likely = exact * self.num_draws >= 5
-        expected = exact[likely] * self.num_draws
-        chi_square = ((counts[:allowed][likely] - expected) ** 2 / expected).sum()
-        assert chi_square < CHI_SQUARE_LIMIT[int(likely.sum()) - 1], f"frequencies are off: {counts.tolist()}"
+        likely = exact * DRAWS >= 5
+        limit = CHI_SQUARE_LIMIT[int(likely.sum()) - 1]
+        assert chi_square(counts[:allowed][likely], exact[likely] * DRAWS) < limit, (
+            f"frequencies are off: {counts.tolist()}"
+        )
+
+    def test_frequencies_over_seeds(self, sampler_class: type[Sampler]) -> None:
+        """Requests of other seeds draw independently: over neighbouring seeds too, frequencies are as they should be.
+
+        If it fails: mix the seed into the generator's key whole; neighbouring seeds must not give neighbouring draws.
+        """
+        exact = torch.softmax(torch.tensor(self.logits, dtype=torch.float64), 0)
+        rows = [RowParams(seed=seed, position=5) for seed in range(CLOSE_DRAWS)]
+        drawn = torch.tensor(self.sample(sampler_class, torch.tensor([self.logits]).repeat(CLOSE_DRAWS, 1), rows))
+        counts = torch.bincount(drawn, minlength=8).double()
+        assert chi_square(counts, exact * CLOSE_DRAWS) < CHI_SQUARE_LIMIT[7], f"frequencies are off: {counts.tolist()}"
+        repeats = float((drawn[1:] == drawn[:-1]).double().mean())
+        assert abs(repeats - float(exact.square().sum())) < 0.02, "draws of neighbouring seeds go together"
 
     def test_greedy_takes_the_largest(self, sampler_class: type[Sampler]) -> None:
-        """Temperature 0 takes the largest logit, the lowest id of equals, with sampled rows beside it."""
+        """Temperature 0 takes the largest logit, the lowest id of equals, with sampled rows beside it.
+
+        If it fails: choose by argmax where the temperature is 0, and never divide by it.
+        """
         logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 2.0, 1.0], [1.0, 0.0, 0.0]])
         greedy = RowParams(temperature=0.0)
         assert self.sample(sampler_class, logits, [greedy] * 3) == [1, 0, 0]
         assert self.sample(sampler_class, logits, [greedy, greedy, RowParams(temperature=1.0)])[:2] == [1, 0]
 
     def test_a_row_does_not_depend_on_the_batch(self, sampler_class: type[Sampler]) -> None:
-        """The same row gives the same token alone, in any batch and at any place."""
+        """The same row gives the same token alone, in any batch and at any place.
+
+        If it fails: draw from a counter-based generator keyed by seed and position, not from one that the batch shares.
+        """
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(24, 500, generator=generator) * 2
         rows = [
@@ -115,7 +143,10 @@ class SamplerConformance:
         assert together == alone == backwards
 
     def test_seed_and_position_decide(self, sampler_class: type[Sampler]) -> None:
-        """Equal seeds and positions draw equally; other seeds or positions draw otherwise."""
+        """Equal seeds and positions draw equally; other seeds or positions draw otherwise.
+
+        If it fails: key the generator by both.
+        """
         logits = torch.zeros(1, 1000)
 
         def draw(seed: int, position: int) -> int:
@@ -126,7 +157,11 @@ class SamplerConformance:
         assert len({draw(1, position) for position in range(30)}) > 20
 
     def test_large_vocabulary_and_extreme_logits(self, sampler_class: type[Sampler]) -> None:
-        """Forbidden tokens (minus infinity) are never drawn, and huge logits do not overflow."""
+        """Forbidden tokens (minus infinity) are never drawn, and huge logits do not overflow.
+
+        If it fails: subtract the maximum before exp, and search a cumulative sum strictly, so that a weight of 0 is
+        passed over.
+        """
         logits = torch.full((40, 50_000), float("-inf"))
         logits[:, [7, 49_999]] = torch.tensor([3.0e38, 3.0e38])
         drawn = self.sample(sampler_class, logits, [RowParams(temperature=0.5, seed=i) for i in range(40)])

@@ -1,194 +1,19 @@
-"""Conformance of schedulers: a simulator with a virtual clock and an executor that knows what every KV slot holds.
-
-The fake model's next token is a function of all tokens before it, so a wrong block, a lost token or
-a forgotten recompute changes the output, and is found also where the row's own check did not see it.
-"""
+"""Conformance of schedulers: random traffic through `simulation`, and each promise by itself."""
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import pytest
 
-from quire.contract.kv import KVAllocator, KVInit
-from quire.contract.request import FinishReason, Request, RowResult, Schedule, ScheduledRow, StepResult
-from quire.contract.scheduling import PolicyInit, RequestUpdate, Scheduler, SchedulerInit, SchedulerPolicy
+from quire.contract.kv import KVAllocator, KVInit, PrefixQuery
+from quire.contract.request import FinishReason, RowResult, StepResult
+from quire.contract.scheduling import PolicyInit, Scheduler, SchedulerInit, SchedulerPolicy
 from quire.errors import RequestError
 from quire.params import SamplingParams
 from quire.testing.clock import VirtualClock
-
-VOCAB = 50
-STOP = 0
-STEP_SECONDS = 0.05
-
-
-def next_token(tokens: Sequence[int], seed: int) -> int:
-    """The fake model: deterministic, and sensitive to every token before."""
-    digest = hashlib.blake2b(bytes(token % 256 for token in tokens), digest_size=4, salt=seed.to_bytes(8)).digest()
-    return int.from_bytes(digest) % VOCAB
-
-
-def expected_output(request: Request) -> tuple[list[int], FinishReason]:
-    """What the request must produce if nothing interferes."""
-    tokens, output = list(request.prompt_token_ids), list[int]()
-    while True:
-        token = next_token(tokens, request.seed)
-        tokens.append(token)
-        output.append(token)
-        if token in request.stop_token_ids and len(output) >= request.params.min_tokens:
-            return output, FinishReason.STOP
-        if len(output) >= request.max_tokens:
-            return output, FinishReason.LENGTH
-
-
-@dataclass
-class _Row:
-    tokens: list[int]
-    seed: int
-    blocks: list[int] = field(default_factory=list)
-
-
-class FakeExecutor:
-    """Runs schedules on a KV pool whose slots hold the tokens they stand for."""
-
-    def __init__(self, init: SchedulerInit) -> None:
-        self._init = init
-        self._size = init.allocator.init.block_size
-        self._rows: dict[int, _Row] = {}
-        self._slots: dict[int, tuple[int, ...]] = {}
-
-    def run(self, schedule: Schedule) -> StepResult:
-        """Check one schedule and answer it."""
-        assert schedule.num_tokens == sum(row.num_new_tokens for row in schedule.rows)
-        assert schedule.num_tokens <= self._init.max_num_batched_tokens, "the token budget was exceeded"
-        lengths = [row.num_new_tokens > 1 for row in schedule.rows]
-        assert lengths == sorted(lengths), "decodes must stand first"
-        for slot in schedule.released:
-            del self._rows[slot]
-        for new in schedule.new_rows:
-            assert 0 <= new.slot < self._init.max_num_seqs
-            assert new.slot not in self._rows, "a slot was given away twice"
-            self._rows[new.slot] = _Row(list(new.token_ids), new.seed)
-        for copy in schedule.copies:
-            for offset in range(copy.num_tokens):
-                source = self._slots.get(copy.src * self._size + offset)
-                assert source is not None, "a copy reads a slot that was never written"
-                self._slots[copy.dst * self._size + offset] = source
-        assert len({row.slot for row in schedule.rows}) == len(schedule.rows), "a slot stands in two rows"
-        return StepResult(schedule.step_id, tuple(self._row(row) for row in schedule.rows))
-
-    def _row(self, scheduled: ScheduledRow) -> RowResult:
-        row = self._rows[scheduled.slot]
-        row.blocks.extend(scheduled.new_block_ids)
-        end = scheduled.num_computed_tokens + scheduled.num_new_tokens
-        assert scheduled.num_new_tokens >= 1
-        assert end <= len(row.tokens), "tokens that nobody knows were scheduled"
-        assert end <= len(row.blocks) * self._size, "tokens without a block were scheduled"
-        for position in range(end):
-            slot = row.blocks[position // self._size] * self._size + position % self._size
-            content = tuple(row.tokens[: position + 1])
-            if position >= scheduled.num_computed_tokens:
-                self._slots[slot] = content
-            assert self._slots.get(slot) == content, f"{scheduled.request_id} reads a wrong KV at {position}"
-        assert scheduled.samples == (end == len(row.tokens))
-        if not scheduled.samples:
-            return RowResult(scheduled.request_id)
-        token = next_token(row.tokens, row.seed)
-        row.tokens.append(token)
-        return RowResult(scheduled.request_id, token)
-
-
-class Simulation:
-    """Feeds arrivals and aborts to a scheduler until everything has ended.
-
-    Args:
-        scheduler: the one under test. clock: its clock.
-        depth: schedules in flight; 2 is asynchronous scheduling.
-    """
-
-    def __init__(self, scheduler: Scheduler, clock: VirtualClock, depth: int = 1) -> None:
-        self.scheduler = scheduler
-        self.clock = clock
-        self.steps = 0
-        self.first_run: dict[str, int] = {}
-        self.added: dict[str, int] = {}
-        self.outputs: dict[str, list[int]] = {}
-        self.reasons: dict[str, FinishReason] = {}
-        self._requests: dict[str, Request] = {}
-        self._depth = depth
-        self._executor = FakeExecutor(scheduler.init)
-        self._flying: deque[tuple[Schedule, StepResult]] = deque()
-
-    def add(self, request: Request) -> None:
-        self.scheduler.add(request)
-        self._requests[request.request_id] = request
-        self.added[request.request_id] = self.steps
-        self.outputs[request.request_id] = []
-
-    def abort(self, request_id: str) -> None:
-        request = self.scheduler.finish(request_id, FinishReason.ABORT)
-        if request is not None:
-            self._end(request_id, FinishReason.ABORT)
-
-    def step(self) -> None:
-        schedule = self.scheduler.schedule()
-        for row in schedule.rows:
-            self.first_run.setdefault(row.request_id, self.steps)
-        self._flying.append((schedule, self._executor.run(schedule)))
-        if len(self._flying) >= self._depth:
-            self._land()
-        self.scheduler.init.allocator.check()
-        self.steps += 1
-        self.clock.advance(STEP_SECONDS)
-
-    def drain(self, limit: int = 5_000) -> None:
-        """Run to the end; everything must have ended and every block be free."""
-        while self.scheduler.has_work() or self._flying:
-            if self.scheduler.has_work():
-                self.step()
-            else:
-                self._land()
-            assert self.steps < limit, f"no end after {limit} steps: {self.scheduler.stats()}"
-        assert set(self.reasons) == set(self._requests), "a request has not ended"
-        stats = self.scheduler.init.allocator.stats()
-        assert stats.used == 0, "blocks were lost"
-
-    def check_outputs(self) -> None:
-        """Every request that ran to its end has exactly the output that it has alone."""
-        for name, request in self._requests.items():
-            output, reason = expected_output(request)
-            if self.reasons[name] is FinishReason.ABORT:
-                assert self.outputs[name] == output[: len(self.outputs[name])], f"{name} went astray"
-            else:
-                assert (self.outputs[name], self.reasons[name]) == (output, reason), f"{name} went astray"
-
-    def _land(self) -> None:
-        schedule, result = self._flying.popleft()
-        for update in self.scheduler.update(schedule, result):
-            self._take(update)
-
-    def _take(self, update: RequestUpdate) -> None:
-        name = update.request.request_id
-        assert name not in self.reasons, "an update came after the end"
-        self.outputs[name].extend(update.new_token_ids)
-        if update.request.finish_reason is not None:
-            self._end(name, update.request.finish_reason)
-
-    def _end(self, name: str, reason: FinishReason) -> None:
-        assert name not in self.reasons, "a request ended twice"
-        self.reasons[name] = reason
-
-
-def make_request(
-    name: str, prompt: Sequence[int], max_tokens: int, clock: Callable[[], float], **fields: object
-) -> Request:
-    """A request of the simulator."""
-    params = SamplingParams(max_tokens=max_tokens, min_tokens=min(2, max_tokens))
-    return Request(name, tuple(prompt), params, clock(), max_tokens, frozenset({STOP}), **fields)  # type: ignore[arg-type]
+from quire.testing.simulation import VOCAB, Simulation, make_request
 
 
 class SchedulerConformance:
@@ -219,6 +44,7 @@ class SchedulerConformance:
         max_num_seqs: int = 4,
         budget: int = 16,
         depth: int = 1,
+        needs_host_tokens: Callable[[SamplingParams], bool] = lambda params: False,
     ) -> Simulation:
         clock = VirtualClock()
         init = SchedulerInit(
@@ -228,6 +54,7 @@ class SchedulerConformance:
             max_num_batched_tokens=budget,
             max_model_len=64,
             clock=clock,
+            needs_host_tokens=needs_host_tokens,
         )
         return Simulation(scheduler_class(init), clock, depth)
 
@@ -241,8 +68,12 @@ class SchedulerConformance:
         seed: int,
         depth: int,
     ) -> None:
-        """Random arrivals, lengths, priorities, forks and aborts in pools that are often short: all end once,
-        with the output they have alone, whether steps overlap or not."""
+        """Random arrivals, lengths, priorities, forks and aborts in pools that are often short: all end once, with the
+        output they have alone, whether steps overlap or not; no step is over its budget.
+
+        If it fails: the assertion names what went wrong; run `Simulation` with the same seed and look at the schedules
+        before it.
+        """
         rng = random.Random(seed)
         simulation = self.make(
             scheduler_class,
@@ -287,11 +118,16 @@ class SchedulerConformance:
         allocator_class: type[KVAllocator],
         policy_class: type[SchedulerPolicy],
     ) -> None:
-        """A request of the lowest priority starts within a bounded time although better ones keep coming."""
+        """A request of the lowest priority starts within a bounded time although better ones keep coming.
+
+        If it fails: go through the queue in the order of the policy's keys, which age; keep nobody back for being hard
+        to fit.
+        """
         simulation = self.make(scheduler_class, allocator_class, policy_class, max_num_seqs=1)
         simulation.add(make_request("patient", [1, 2, 3], 2, simulation.clock, priority=5))
-        for index in range(3_000):
-            simulation.add(make_request(f"r{index}", [index % VOCAB, 4], 2, simulation.clock, priority=0))
+        for index in range(1_000):
+            for twin in ("a", "b"):  # two in three steps of which each needs two: more than can be served
+                simulation.add(make_request(f"{index}{twin}", [index % VOCAB, 4], 2, simulation.clock, priority=0))
             for _ in range(3):
                 simulation.step()
             simulation.clock.advance(1.0)
@@ -306,7 +142,10 @@ class SchedulerConformance:
         allocator_class: type[KVAllocator],
         policy_class: type[SchedulerPolicy],
     ) -> None:
-        """While a long prompt is computed in chunks, a running request gets a token in every step."""
+        """While a long prompt is computed in chunks, a running request gets a token in every step.
+
+        If it fails: schedule decodes first and give prompts what is left of the budget.
+        """
         simulation = self.make(scheduler_class, allocator_class, policy_class, budget=8)
         simulation.add(make_request("chat", [1, 2, 3], 20, simulation.clock, seed=3))
         simulation.step()
@@ -324,7 +163,10 @@ class SchedulerConformance:
         allocator_class: type[KVAllocator],
         policy_class: type[SchedulerPolicy],
     ) -> None:
-        """A prompt that the whole pool cannot hold, and an id in use, are refused and leave nothing behind."""
+        """A prompt that the whole pool cannot hold, and an id in use, are refused and leave nothing behind.
+
+        If it fails: raise RequestError in `add` before anything is kept.
+        """
         simulation = self.make(scheduler_class, allocator_class, policy_class, num_blocks=5)
         with pytest.raises(RequestError, match="KV"):
             simulation.scheduler.add(make_request("big", [1] * 17, 1, simulation.clock))
@@ -340,7 +182,10 @@ class SchedulerConformance:
         allocator_class: type[KVAllocator],
         policy_class: type[SchedulerPolicy],
     ) -> None:
-        """A request that outgrows the pool ends with `length`, not in an endless preemption."""
+        """A request that outgrows the pool ends with `length`, not in an endless preemption.
+
+        If it fails: end a request whose tokens fill the pool, and never preempt the only one that runs.
+        """
         simulation = self.make(scheduler_class, allocator_class, policy_class, num_blocks=4)
         request = make_request("a", [1, 2, 3], 50, simulation.clock, seed=9)
         request.stop_token_ids = frozenset()
@@ -355,7 +200,10 @@ class SchedulerConformance:
         allocator_class: type[KVAllocator],
         policy_class: type[SchedulerPolicy],
     ) -> None:
-        """A row that failed ends its request with `error`, and what it published is not found any more."""
+        """A row that failed ends its request with `error`, and what it published is not found any more.
+
+        If it fails: call the allocator's `discard`, not `free`, for a row with an error, and go on with the others.
+        """
         simulation = self.make(scheduler_class, allocator_class, policy_class)
         scheduler = simulation.scheduler
         for name in ("good", "bad"):
@@ -372,11 +220,39 @@ class SchedulerConformance:
         assert updates["bad"].request.finish_reason is FinishReason.ERROR
         assert (updates["bad"].error, updates["bad"].new_token_ids) == ("broken", ())
         assert updates["good"].request.finish_reason is None
-        from quire.contract.kv import PrefixQuery
-
         allocator = scheduler.init.allocator
         assert allocator.match_prefix(PrefixQuery([ord("b")] * 7)).num_tokens == 0
         assert allocator.match_prefix(PrefixQuery([ord("g")] * 7)).num_tokens >= 4
+
+    def test_requests_that_need_their_tokens_wait_for_them(
+        self,
+        scheduler_class: type[Scheduler],
+        allocator_class: type[KVAllocator],
+        policy_class: type[SchedulerPolicy],
+    ) -> None:
+        """With steps overlapping, such a request is scheduled when all its tokens are known; others do not wait.
+
+        If it fails: ask `init.needs_host_tokens` for the request's parameters, and leave it out of a schedule while it
+        has pending tokens.
+        """
+        bound = SamplingParams(max_tokens=9, min_tokens=9, seed=1)
+        simulation = self.make(
+            scheduler_class, allocator_class, policy_class, depth=2, needs_host_tokens=lambda params: params == bound
+        )
+        requests = [make_request(name, [3, 1, 4], 9, simulation.clock, seed=7) for name in ("bound", "free")]
+        requests[0].params = bound
+        for request in requests:
+            request.stop_token_ids = frozenset()
+            simulation.add(request)
+        free_steps = 0
+        while "free" not in simulation.reasons:
+            simulation.step()
+            free_steps += 1
+            assert requests[0].num_pending_tokens <= 1
+        assert len(simulation.outputs["bound"]) <= 6, "it was scheduled before its token was known"
+        assert free_steps <= 10
+        simulation.drain()
+        simulation.check_outputs()
 
     def test_prefix_hits_are_counted_and_used(
         self,
@@ -384,7 +260,10 @@ class SchedulerConformance:
         allocator_class: type[KVAllocator],
         policy_class: type[SchedulerPolicy],
     ) -> None:
-        """A second request with the same prompt computes only what the cache lacks, at least one token."""
+        """A second request with the same prompt computes only what the cache lacks, at least one token.
+
+        If it fails: match all but the last token, and set `num_cached_tokens` when the request is first admitted.
+        """
         simulation = self.make(scheduler_class, allocator_class, policy_class)
         prompt = list(range(1, 14))
         simulation.add(make_request("first", prompt, 1, simulation.clock))
@@ -401,7 +280,10 @@ class SchedulerConformance:
         allocator_class: type[KVAllocator],
         policy_class: type[SchedulerPolicy],
     ) -> None:
-        """A request that wants log probabilities of its prompt takes nothing from the cache."""
+        """A request that wants log probabilities of its prompt takes nothing from the cache.
+
+        If it fails: match an empty prefix for it: every position's hidden state is needed.
+        """
         simulation = self.make(scheduler_class, allocator_class, policy_class)
         prompt = list(range(1, 14))
         simulation.add(make_request("first", prompt, 1, simulation.clock))

@@ -27,7 +27,10 @@ class SchedulerPolicyConformance:
         return SchedulerView(now, 3, 5, 10, 20, 8, 256)
 
     def test_keys_can_be_compared(self, policy_class: type[SchedulerPolicy]) -> None:
-        """Keys are tuples of numbers of one length, and equal calls give equal keys."""
+        """Keys are tuples of numbers of one length, and equal calls give equal keys.
+
+        If it fails: return plain numbers, no NaN, derived from the arguments alone.
+        """
         policy, rng = policy_class(PolicyInit()), random.Random(0)
         views = [request_view(rng, str(index)) for index in range(30)]
         keys = [policy.key(view, 60.0) for view in views]
@@ -36,18 +39,27 @@ class SchedulerPolicyConformance:
         assert sorted(keys)
 
     def test_victims_are_candidates(self, policy_class: type[SchedulerPolicy]) -> None:
-        """The victim is one of the requests that were offered."""
+        """The victim is one of the requests that were offered.
+
+        If it fails: return the `request_id` of an element of `running`, whatever its length is.
+        """
         policy, rng = policy_class(PolicyInit()), random.Random(1)
         for count in range(1, 8):
             running = [request_view(rng, str(index)) for index in range(count)]
             assert policy.pick_victim(running, self.view()) in {view.request_id for view in running}
 
     def test_budget_is_positive(self, policy_class: type[SchedulerPolicy]) -> None:
-        """A step may compute at least one token."""
+        """A step may compute at least one token.
+
+        If it fails: return at least 1, however full the pool is.
+        """
         assert policy_class(PolicyInit()).token_budget(self.view()) >= 1
 
     def test_waiting_long_enough_wins(self, policy_class: type[SchedulerPolicy]) -> None:
-        """Against newcomers of whatever kind, a request that has waited for a day comes first."""
+        """Against newcomers of whatever kind, a request that has waited for a day comes first.
+
+        If it fails: let the key fall with now - arrival_time, without a bound, so that nobody starves.
+        """
         policy, rng = policy_class(PolicyInit()), random.Random(2)
         old = RequestView("old", 0.0, 3, 400, 0, 0, 100, 0)
         now = 86_400.0

@@ -47,7 +47,6 @@ class CpuRefAttention(AttentionBackend):
         features=frozenset({"causal", "sliding_window", "logit_softcap", "sinks", "v_head_dim", "alibi"}),
         deterministic=True,
         needs_exact_host_lens=True,
-        kv_tolerance=0.15,
     )
 
     def __init__(self, init: AttentionInit) -> None:

@@ -81,7 +81,6 @@ class CudaPagedAttention(AttentionBackend):
         kv_dtypes=frozenset({"auto", "fp8_e4m3"}),
         features=frozenset({"causal", "sliding_window", "logit_softcap", "sinks", "v_head_dim", "alibi"}),
         graph=GraphSupport.UNIFORM,
-        kv_tolerance=0.15,
     )
 
     def __init__(self, init: AttentionInit) -> None:

@@ -1,4 +1,4 @@
-"""quant: reads GPTQ, AWQ, compressed-tensors and FP8 checkpoints; makes int8 weights of unquantized ones."""
+"""quant: reads GPTQ, AWQ, compressed-tensors and FP8 checkpoints; rounds unquantized ones to int8 or int4."""
 
 from __future__ import annotations
 
@@ -15,21 +15,37 @@ if TYPE_CHECKING:
 def quire_providers() -> Iterable[Provider]:
     """The methods; none needs a particular device."""
     return (
-        Provider(
-            "quantization",
-            "int8",
-            "quire_quant.int8:Int8Method",
-            api=1,
-            options="quire_quant.int8:Int8Options",
-            summary="int8 weights, rounded to nearest at load",
-        ),
+        _rounding("int8", "Int8", "int8 weights, rounded to nearest at load"),
+        _rounding("int4", "Int4", "int4 weights, rounded to nearest at load"),
         _reader("gptq", "GPTQMethod", "GPTQ checkpoints of 2, 3, 4 and 8 bits"),
         _reader("awq", "AWQMethod", "AWQ checkpoints, gemm and gemv"),
         _reader("compressed-tensors", "CompressedTensorsMethod", "weights in 1 to 8 bits, or in float8", "compressed"),
         Provider(
             "quantization", "fp8", "quire_quant.fp8:FP8Method", api=1, summary="FP8 checkpoints, dequantized at load"
         ),
+        Provider(
+            "op",
+            "int4pack",
+            "quire_quant.kernels:Int4PackOps",
+            api=1,
+            devices=frozenset({"cpu"}),
+            summary="codes of up to 4 bits by torch's int4 operation",
+        ),
+        Provider(
+            "op",
+            "dequant",
+            "quire_quant.kernels:DequantOps",
+            api=1,
+            priority=-10,
+            summary="codes of up to 8 bits, dequantized for every multiplication",
+        ),
     )
+
+
+def _rounding(name: str, prefix: str, summary: str) -> Provider:
+    module = "quire_quant.rounding"
+    options = f"{module}:{prefix}Options"
+    return Provider("quantization", name, f"{module}:{prefix}Method", api=1, options=options, summary=summary)
 
 
 def _reader(name: str, target: str, summary: str, module: str | None = None) -> Provider:
@@ -38,7 +54,6 @@ def _reader(name: str, target: str, summary: str, module: str | None = None) -> 
         name,
         f"quire_quant.{module or name}:{target}",
         api=1,
-        options="quire_quant.linear:KernelOptions",
         summary=summary,
     )
 

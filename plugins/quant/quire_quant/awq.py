@@ -7,6 +7,7 @@ natural order. Zero points are stored as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from quire_quant.bits import unpack
 from quire_quant.codes import Codes, Form
-from quire_quant.linear import CheckpointMethod, CodesLinear
+from quire_quant.linear import SHAPES, CheckpointMethod, CodesLinear
 
 BITS = 4
 PER_WORD = 8
@@ -26,11 +27,19 @@ PLACE = tuple(ORDER.index(column) for column in range(PER_WORD))
 LAYOUTS = ("gemm", "gemv")
 
 
+def _sample(inputs: int, outputs: int, seed: int) -> tuple[Mapping[str, Tensor], Tensor]:
+    """A layer for the conformance kit; the tests' packer is imported when it is wanted."""
+    from quire_quant.testing import awq_sample
+
+    return awq_sample(inputs, outputs, seed)
+
+
 class AWQMethod(CheckpointMethod):
     """Reads checkpoints whose `quant_method` is awq."""
 
     checkpoint_names = frozenset({"awq"})
     marker = "qweight"
+    conformance = MappingProxyType({"config": {"bits": 4, "group_size": 128}, "shapes": SHAPES, "sample": _sample})
 
     def __init__(self, init: QuantInit) -> None:
         super().__init__(init)
@@ -48,10 +57,6 @@ class AWQMethod(CheckpointMethod):
             )
         self.group_size = _group_size(config)
         self.has_zeros = bool(config.get("zero_point", True))
-
-    def may_fuse(self, sources: tuple[LinearSpec, ...]) -> bool:
-        """Quantized layers, or unquantized ones."""
-        return len({self.is_quantized(source) for source in sources}) == 1
 
     def linear(self, spec: LinearSpec, sources: tuple[LinearSpec, ...]) -> QuantLinear | None:
         if not self.is_quantized(sources[0]):
@@ -71,7 +76,7 @@ class GemmLinear(CodesLinear):
                     f"outputs do not fill whole groups and words of {PER_WORD}",
                     remedy="group_size in quantization_config is not the one it was made with",
                 )
-        self._has_zeros = method.has_zeros
+        self._has_zeros = method.has_zeros or f"{sources[0].name}.qzeros" in method.init.stored
         super().__init__(spec, sources, Form(BITS, size), method)
 
     def stored_tensors(self, out_features: int) -> tuple[QuantTensor, ...]:

@@ -1,10 +1,11 @@
-"""The one form that every integer format is decoded to, and every kernel packs from."""
+"""The one form that every integer format is decoded to, and every operation packs from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from quire.plugin import LinearSpec, QuantLinearSpec
 from torch import Tensor
 
 
@@ -37,11 +38,23 @@ class Codes:
     zeros: Tensor | None = None
     perm: Tensor | None = None
 
-    def zero_points(self) -> Tensor:
+    @property
+    def float_zeros(self) -> Tensor | None:
         """Zeros as float32 [N, G]."""
-        if self.zeros is not None:
-            return self.zeros.float()
-        return torch.full(self.scales.shape, float(1 << (self.form.bits - 1)), device=self.scales.device)
+        return None if self.zeros is None else self.zeros.float()
+
+    def spec(self, layer: LinearSpec) -> QuantLinearSpec:
+        """The operation that multiplies by them, in a layer that has these outputs among others."""
+        return QuantLinearSpec(
+            in_features=layer.in_features,
+            out_features=len(self.codes),
+            bits=self.form.bits,
+            group_size=self.form.group_size,
+            zeros="middle" if self.zeros is None else "integer",
+            dtype=layer.dtype,
+            deterministic=layer.deterministic,
+            name=layer.name,
+        )
 
     def to(self, device: torch.device) -> Codes:
         """The same on a device."""

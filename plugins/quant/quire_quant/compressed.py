@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -18,9 +19,22 @@ from torch import Tensor
 from quire_quant.bits import WORD, unpack
 from quire_quant.codes import Codes, Form
 from quire_quant.fp8 import BLOCK, FP8Linear, is_fp8, may_fuse_fp8
-from quire_quant.linear import CheckpointMethod, CodesLinear, by_group
+from quire_quant.linear import SHAPES, CheckpointMethod, CodesLinear, by_group
 
 FORMATS = ("pack-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
+
+SAMPLE_CONFIG = MappingProxyType(
+    {
+        "format": "pack-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128},
+            }
+        },
+    }
+)
+"""The configuration of the conformance kit's samples."""
 
 
 class Weights(BaseModel):
@@ -35,11 +49,19 @@ class Weights(BaseModel):
     block_structure: tuple[int, int] | None = None
 
 
+def _sample(inputs: int, outputs: int, seed: int) -> tuple[Mapping[str, Tensor], Tensor]:
+    """A layer for the conformance kit; the tests' packer is imported when it is wanted."""
+    from quire_quant.testing import compressed_sample
+
+    return compressed_sample(inputs, outputs, seed)
+
+
 class CompressedTensorsMethod(CheckpointMethod):
     """Reads checkpoints whose `quant_method` is compressed-tensors."""
 
     checkpoint_names = frozenset({"compressed-tensors"})
     marker = "weight_packed"
+    conformance = MappingProxyType({"config": SAMPLE_CONFIG, "shapes": SHAPES, "sample": _sample})
 
     def __init__(self, init: QuantInit) -> None:
         super().__init__(init)
@@ -76,12 +98,16 @@ class CompressedTensorsMethod(CheckpointMethod):
         """Layers of the same form, whose packed zero points end with whole words."""
         if not any(self.is_quantized(source) for source in sources):
             return may_fuse_fp8(self.init, sources, self._block(sources[0]))
-        if not all(self.is_quantized(source) for source in sources):
-            return False
-        each = [self.weights_of(source.name) for source in sources]
-        has_zeros = any(f"{source.name}.weight_zero_point" in self.init.stored for source in sources)
-        whole = all(source.out_features * each[0].num_bits % WORD == 0 for source in sources)
-        return len(set(each)) == 1 and (whole or not has_zeros)
+        return super().may_fuse(sources)
+
+    def form_of(self, source: LinearSpec) -> str:
+        """Bits and group, and what is stored beside the codes; packed zero points have to end with a whole word."""
+        weights = self.weights_of(source.name)
+        beside = [suffix for suffix in OPTIONAL if f"{source.name}.{suffix}" in self.init.stored]
+        part = source.out_features * weights.num_bits % WORD and "weight_zero_point" in beside
+        return f"{weights} with {', '.join(beside) or 'codes and scales alone'}" + f", part of {source.name}" * bool(
+            part
+        )
 
     def linear(self, spec: LinearSpec, sources: tuple[LinearSpec, ...]) -> QuantLinear | None:
         if is_fp8(self.init, sources[0]):

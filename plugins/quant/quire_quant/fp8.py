@@ -7,6 +7,7 @@ stay in the compute dtype, which is more exact than the eight bits that such che
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,19 +15,29 @@ from quire.plugin import LinearSpec, QuantInit, QuantLinear, QuantMethod, QuantT
 from torch import Tensor
 
 from quire_quant.codes import per_column
-from quire_quant.linear import refuse_experts
+from quire_quant.linear import SHAPES, refuse_experts
 from quire_quant.rows import multiply
 
 SCALES = ("weight_scale", "weight_scale_inv")
 IGNORED = ("input_scale", "activation_scale")
 """Scales for activations in eight bits, which are not used."""
 BLOCK = (128, 128)
+SCALAR = ((), (1,), (1, 1))
+"""Shapes of one scale for the whole tensor."""
+
+
+def _sample(inputs: int, outputs: int, seed: int) -> tuple[Mapping[str, Tensor], Tensor]:
+    """A layer for the conformance kit; the tests' packer is imported when it is wanted."""
+    from quire_quant.testing import fp8_sample
+
+    return fp8_sample(inputs, outputs, seed)
 
 
 class FP8Method(QuantMethod):
     """Reads checkpoints whose `quant_method` is fp8."""
 
     checkpoint_names = frozenset({"fp8"})
+    conformance = MappingProxyType({"config": {"weight_block_size": [32, 128]}, "shapes": SHAPES, "sample": _sample})
 
     def __init__(self, init: QuantInit) -> None:
         super().__init__(init)
@@ -47,17 +58,20 @@ def is_fp8(init: QuantInit, source: LinearSpec) -> bool:
 
 
 def may_fuse_fp8(init: QuantInit, sources: tuple[LinearSpec, ...], block: tuple[int, int]) -> bool:
-    """Whether the scales may stand one below the other: one for each output, or whole blocks of them."""
+    """Whether the scales may stand one below the other: for each tensor, each output, or whole blocks of outputs."""
     if not all(is_fp8(init, source) for source in sources):
         return not any(is_fp8(init, source) for source in sources)
+    kinds = set()
     for source in sources:
-        _, shape = _scale_of(init, source)
-        per_output = shape in _per_output(source)
-        if any(f"{source.name}.{name}" in init.stored for name in IGNORED):
+        name, shape = _scale_of(init, source)
+        ignored = tuple(other for other in IGNORED if f"{source.name}.{other}" in init.stored)
+        if shape in SCALAR or shape in _per_output(source):
+            kinds.add((name, ignored, shape if shape in SCALAR else len(shape)))
+        elif source.out_features % block[0]:
             return False
-        if not per_output and (len(shape) < 2 or source.out_features % block[0]):
-            return False
-    return True
+        else:
+            kinds.add((name, ignored, block))
+    return len(kinds) == 1
 
 
 class FP8Linear(QuantLinear):
@@ -67,32 +81,33 @@ class FP8Linear(QuantLinear):
         self, spec: LinearSpec, sources: tuple[LinearSpec, ...], init: QuantInit, block: tuple[int, int]
     ) -> None:
         super().__init__(spec)
-        self._block = block
+        self._block, self._sizes = block, [source.out_features for source in sources]
         self._scale, shape = _scale_of(init, sources[0])
         self._scale_shape = _fused_shape(spec, sources[0], shape, block)
         self._ignored = tuple(
-            QuantTensor(name, tuple(init.stored[f"{sources[0].name}.{name}"][0]), torch.float32, None)
+            QuantTensor(name, tuple(init.stored[f"{sources[0].name}.{name}"][0]), torch.float32, 0)
             for name in IGNORED
             if f"{sources[0].name}.{name}" in init.stored
         )
 
     def tensors(self) -> tuple[QuantTensor, ...]:
         size = (self.spec.out_features, self.spec.in_features)
-        dim = 0 if self._scale_shape else None
-        scale = QuantTensor(self._scale, self._scale_shape, torch.float32, dim)
+        scale = QuantTensor(self._scale, self._scale_shape, torch.float32, 0)
         return (QuantTensor("weight", size, torch.float8_e4m3fn, 0), scale, *self._ignored)
 
     def finalize(self, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
         weight, scale = tensors["weight"].to(device), tensors[self._scale].to(device, torch.float32)
-        if scale.numel() == 1:
-            scale = scale.view(1, 1)
-        elif scale.ndim == 1:
+        if scale.numel() == len(self._sizes) and self._scale_shape in SCALAR:
+            # One for each source: each of its rows takes it, so that nothing is rounded anew.
+            scale = scale.flatten().repeat_interleave(torch.tensor(self._sizes, device=device))
+        if scale.ndim == 1:
             scale = scale[:, None]
         dense = torch.empty(weight.shape, dtype=self.spec.dtype, device=device)
-        step, rows_per_scale = self._block[0], -(-len(weight) // len(scale)) if len(scale) in (1, len(weight)) else 0
+        step = self._block[0]
+        rows_per_scale = 1 if len(scale) == len(weight) else step
         for start in range(0, len(weight), step):
             rows = torch.arange(start, min(start + step, len(weight)), device=device)
-            factor = scale[rows // (rows_per_scale or step)]
+            factor = scale[rows // rows_per_scale]
             if factor.shape[1] > 1:
                 factor = per_column(factor, self._block[1], weight.shape[1])
             dense[start : start + step] = weight[start : start + step].float() * factor
@@ -127,7 +142,7 @@ def _fused_shape(
     spec: LinearSpec, source: LinearSpec, shape: tuple[int, ...], block: tuple[int, int]
 ) -> tuple[int, ...]:
     """The scale's shape for the whole layer, from that of one source. Raises UnsupportedModel."""
-    if shape in ((), (1,), (1, 1)):
+    if shape in SCALAR:
         return shape
     if shape in _per_output(source):
         return (spec.out_features, *shape[1:])

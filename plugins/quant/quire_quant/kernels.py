@@ -1,43 +1,56 @@
-"""Kernels for weights in codes of at most 8 bits. Each packs the canonical form once, then multiplies."""
+"""Multiplication by weights in codes of at most 8 bits, in plain torch: op sets of kind `quant_linear`."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
-from quire.plugin import ConfigError, LinearSpec
+from quire.plugin import OpSet, OpSpec, QuantLinearOp, QuantLinearSpec, UnsupportedModel
 from torch import Tensor
 
-from quire_quant.codes import Codes, Form, weight_of
+from quire_quant.codes import weight_of
 from quire_quant.rows import multiply
 
-AUTO = "auto"
 INT4_GROUPS = (256, 128, 64, 32)
 """Group sizes that torch's int4 operation accepts."""
 
 
-class Kernel(ABC):
-    """One way to hold and to multiply by codes."""
+class DequantOps(OpSet):
+    """Serves every such spec, on any device."""
 
-    name: ClassVar[str]
+    kinds = frozenset({"quant_linear"})
 
-    @abstractmethod
-    def why_not(self, spec: LinearSpec, form: Form, device: torch.device) -> list[str]:
-        """Reasons why it cannot serve such a layer; empty: it can."""
+    def build(self, spec: OpSpec) -> QuantLinearOp:
+        return Dequant(_quantized(spec))
 
-    @abstractmethod
-    def pack(self, codes: Codes, spec: LinearSpec) -> Any:
-        """The canonical form -> the state for `multiply`. Columns stay in the order of the codes."""
 
-    @abstractmethod
-    def multiply(self, x: Tensor, state: Any, bias: Tensor | None, spec: LinearSpec) -> Tensor:
-        """x [T, K], its columns in the order of the codes -> [T, N]."""
+class Int4PackOps(OpSet):
+    """torch's own int4 operation for CPUs."""
 
-    @abstractmethod
-    def weight(self, state: Any, spec: LinearSpec) -> Tensor:
-        """The weight [N, K] in spec's dtype, columns in the order of the codes."""
+    kinds = frozenset({"quant_linear"})
+
+    def why_not(self, spec: OpSpec) -> list[str]:
+        if not isinstance(spec, QuantLinearSpec):
+            return super().why_not(spec)
+        reasons = []
+        if self.init.device.type != "cpu":
+            reasons.append(f"it serves the CPU, not {self.init.device.type}")
+        if spec.bits > 4:
+            reasons.append(f"codes have {spec.bits} bits; it reads up to 4")
+        if spec.dtype is not torch.bfloat16:
+            reasons.append(
+                f"the compute dtype is {str(spec.dtype).removeprefix('torch.')}; it is fast in bfloat16 only"
+            )
+        if spec.out_features % 16:
+            reasons.append(f"{spec.out_features} outputs are no multiple of 16")
+        if spec.group_size % 32 or spec.in_features % spec.group_size:
+            reasons.append(
+                f"groups of {spec.group_size} in {spec.in_features} inputs; it needs a divisor that is a multiple of 32"
+            )
+        return reasons
+
+    def build(self, spec: OpSpec) -> QuantLinearOp:
+        return Int4Pack(_quantized(spec))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,106 +72,74 @@ class Packed:
         return weight_of(data, self.scales[start:end], self.zeros[start:end], self.group_size)
 
 
-class Dequant(Kernel):
-    """Makes the weight a few rows at a time for every multiplication. Serves everything, on any device."""
+class Dequant:
+    """Makes the weight a few rows at a time for every multiplication."""
 
-    name = "dequant"
+    def __init__(self, spec: QuantLinearSpec) -> None:
+        self.spec = spec
 
-    def why_not(self, spec: LinearSpec, form: Form, device: torch.device) -> list[str]:
-        return []
-
-    def pack(self, codes: Codes, spec: LinearSpec) -> Packed:
-        data, bits = codes.codes, codes.form.bits
+    def pack(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Packed:
+        bits = self.spec.bits
         per_byte = 4 if bits <= 2 else 2 if bits <= 4 else 1
-        if data.shape[1] % per_byte:
+        if codes.shape[1] % per_byte:
             per_byte = 1
+        data = codes
         if per_byte > 1:
-            parts = data.view(len(data), -1, per_byte)
-            packed = parts[..., 0].clone()
+            parts = codes.view(len(codes), -1, per_byte)
+            data = parts[..., 0].clone()
             for index in range(1, per_byte):
-                packed |= parts[..., index] << (8 // per_byte * index)
-            data = packed
-        return Packed(data.contiguous(), per_byte, codes.scales.float(), codes.zero_points(), codes.form.group_size)
+                data |= parts[..., index] << (8 // per_byte * index)
+        return Packed(data.contiguous(), per_byte, scales, _zeros(self.spec, scales, zeros), self.spec.group_size)
 
-    def multiply(self, x: Tensor, state: Packed, bias: Tensor | None, spec: LinearSpec) -> Tensor:
+    def __call__(self, x: Tensor, state: Packed, bias: Tensor | None = None) -> Tensor:
+        spec = self.spec
+
         def rows(start: int, end: int) -> Tensor:
             return state.rows(start, end).to(spec.dtype)
 
         return multiply(x, spec.out_features, rows, bias, deterministic=spec.deterministic)
 
-    def weight(self, state: Packed, spec: LinearSpec) -> Tensor:
-        return state.rows(0, spec.out_features).to(spec.dtype)
+    def weight(self, state: Packed) -> Tensor:
+        return state.rows(0, self.spec.out_features).to(self.spec.dtype)
 
 
-class Int4Pack(Kernel):
+class Int4Pack:
     """torch's int4 operation on the CPU. A row's bits do not depend on how many rows there are.
 
     W = (q - 8) * s + zero', zero' = (8 - z) * s, both in bfloat16. Its layout depends on the machine's
     instructions, so that it is never stored. It reads any code of up to 4 bits.
     """
 
-    name = "int4pack"
+    def __init__(self, spec: QuantLinearSpec) -> None:
+        self.spec = spec
 
-    def why_not(self, spec: LinearSpec, form: Form, device: torch.device) -> list[str]:
-        reasons = []
-        if device.type != "cpu":
-            reasons.append(f"it serves the CPU, not {device.type}")
-        if form.bits > 4:
-            reasons.append(f"codes have {form.bits} bits; it reads up to 4")
-        if spec.dtype is not torch.bfloat16:
-            reasons.append(
-                f"the compute dtype is {str(spec.dtype).removeprefix('torch.')}; it is fast in bfloat16 only"
-            )
-        if spec.out_features % 16:
-            reasons.append(f"{spec.out_features} outputs are no multiple of 16")
-        if form.group_size % 32 or spec.in_features % form.group_size:
-            reasons.append(
-                f"groups of {form.group_size} in {spec.in_features} inputs; it needs a divisor that is a multiple of 32"
-            )
-        return reasons
-
-    def pack(self, codes: Codes, spec: LinearSpec) -> tuple[Tensor, Tensor, int]:
-        size = next(size for size in INT4_GROUPS if codes.form.group_size % size == 0)
+    def pack(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, int]:
+        spec = self.spec
+        size = next(size for size in INT4_GROUPS if spec.group_size % size == 0)
         # Codes of fewer bits are moved to the middle, 8, so that the two terms do not cancel each other's digits.
-        shift = 8 - (1 << (codes.form.bits - 1))
-        scales, zeros = codes.scales.float(), codes.zero_points() + shift
-        both = torch.stack([scales, (8.0 - zeros) * scales], -1).to(spec.dtype)  # [N, G, 2]
-        both = both.repeat_interleave(codes.form.group_size // size, 1).transpose(0, 1).contiguous()
-        data = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.codes.to(torch.int32) + shift, 1)
+        shift = 8 - (1 << (spec.bits - 1))
+        moved = _zeros(spec, scales, zeros) + shift
+        both = torch.stack([scales, (8.0 - moved) * scales], -1).to(spec.dtype)  # [N, G, 2]
+        both = both.repeat_interleave(spec.group_size // size, 1).transpose(0, 1).contiguous()
+        data = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32).add_(shift), 1)
         return data, both, size
 
-    def multiply(self, x: Tensor, state: tuple[Tensor, Tensor, int], bias: Tensor | None, spec: LinearSpec) -> Tensor:
+    def __call__(self, x: Tensor, state: tuple[Tensor, Tensor, int], bias: Tensor | None = None) -> Tensor:
         data, both, size = state
         out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), data, size, both)
         return out if bias is None else out + bias
 
-    def weight(self, state: tuple[Tensor, Tensor, int], spec: LinearSpec) -> Tensor:
-        one = torch.eye(spec.in_features, dtype=spec.dtype)
-        return self.multiply(one, state, None, spec).t().contiguous()
+    def weight(self, state: tuple[Tensor, Tensor, int]) -> Tensor:
+        one = torch.eye(self.spec.in_features, dtype=self.spec.dtype)
+        return self(one, state).t().contiguous()
 
 
-KERNELS: tuple[Kernel, ...] = (Int4Pack(), Dequant())
-"""In order of preference."""
+def _quantized(spec: OpSpec) -> QuantLinearSpec:
+    if not isinstance(spec, QuantLinearSpec):
+        raise UnsupportedModel(f"operation {spec.kind!r} is not quant_linear")
+    return spec
 
 
-def choose(wanted: str, spec: LinearSpec, form: Form, device: torch.device) -> tuple[Kernel, str]:
-    """The kernel for a layer and why it is that one: the first that serves it, or the one the user named.
-
-    Raises:
-        ConfigError: the one named does not exist, or does not serve the layer.
-    """
-    passed_over: list[str] = []
-    for kernel in KERNELS:
-        if wanted not in (AUTO, kernel.name):
-            continue
-        reasons = kernel.why_not(spec, form, device)
-        if not reasons:
-            return kernel, "; ".join(passed_over) or ("named by kernel" if wanted != AUTO else "first choice")
-        passed_over.append(f"{kernel.name}: {', '.join(reasons)}")
-    names = ", ".join([AUTO, *(kernel.name for kernel in KERNELS)])
-    if passed_over:
-        raise ConfigError(
-            f"{spec.name}: kernel {wanted!r} cannot serve it: {'; '.join(passed_over)}",
-            remedy=f"allowed are {names}; {AUTO} takes the first that can",
-        )
-    raise ConfigError(f"kernel is {wanted!r}", remedy=f"allowed are {names}")
+def _zeros(spec: QuantLinearSpec, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """float32 [N, G]"""
+    return scales.new_tensor(float(1 << (spec.bits - 1))).expand_as(scales) if zeros is None else zeros

@@ -6,39 +6,32 @@ import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from quire.plugin import LinearSpec, QuantInit, QuantLinear, QuantMethod, QuantTensor, UnsupportedModel
+from quire.plugin import LinearSpec, QuantInit, QuantLinear, QuantLinearOp, QuantMethod, QuantTensor, UnsupportedModel
 from torch import Tensor
 
 from quire_quant.codes import Codes, Form
-from quire_quant.kernels import Kernel, choose
 
 logger = logging.getLogger(__name__)
 
-
-class KernelOptions(BaseModel):
-    """Options of the methods that read a quantized checkpoint."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kernel: Literal["auto", "int4pack", "dequant"] = Field(default="auto")
-    """Kernel for every quantized layer; auto: for each layer the first that serves it."""
+SHAPES = ((256, 96), (384, 32), (128, 1504))
+"""(inputs, outputs) of the conformance kit's layers: whole words and groups of 128."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """Some of a fused layer's outputs, packed; `perm` is the order of inputs that its columns are in."""
 
-    spec: LinearSpec
+    op: QuantLinearOp
+    out_features: int
     perm: Tensor | None
     state: Any
 
 
 class CodesLinear(QuantLinear):
-    """Holds the decoded layer in the form of its kernel.
+    """Holds the decoded layer in the form of the operation that was chosen for it.
 
     Args:
         spec: the layer, maybe fused. sources: the checkpoint's layers in it.
@@ -49,8 +42,7 @@ class CodesLinear(QuantLinear):
         super().__init__(spec)
         self.sources, self.form = sources, form
         self._extra_bias = not spec.bias and any(f"{s.name}.bias" in method.init.stored for s in sources)
-        self.kernel, reason = choose(method.options.kernel, spec, form, method.init.device)
-        method.report(spec, self.kernel, reason)
+        self._op = method.init.op
         method.check_shapes(sources, self.stored_tensors)
 
     @abstractmethod
@@ -76,30 +68,24 @@ class CodesLinear(QuantLinear):
         parts = []
         for codes in self.decode(tensors):
             moved = codes.to(device)
-            spec = LinearSpec(
-                self.spec.in_features,
-                len(codes.codes),
-                self.spec.bias,
-                self.spec.dtype,
-                self.spec.deterministic,
-                self.spec.name,
-            )
-            parts.append(Part(spec, moved.perm, self.kernel.pack(moved, spec)))
+            op: QuantLinearOp = self._op(moved.spec(self.spec))
+            state = op.pack(moved.codes, moved.scales.float(), moved.float_zeros)
+            parts.append(Part(op, len(moved.codes), moved.perm, state))
         return tuple(parts)
 
     def forward(self, x: Tensor, state: tuple[Part, ...], bias: Tensor | None) -> Tensor:
         outs, start = [], 0
         for part in state:
             ordered = x if part.perm is None else x.index_select(1, part.perm)
-            end = start + part.spec.out_features
-            outs.append(self.kernel.multiply(ordered, part.state, None if bias is None else bias[start:end], part.spec))
+            end = start + part.out_features
+            outs.append(part.op(ordered, part.state, None if bias is None else bias[start:end]))
             start = end
         return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
 
     def dequantize(self, state: tuple[Part, ...]) -> Tensor:
         weights = []
         for part in state:
-            weight = self.kernel.weight(part.state, part.spec)
+            weight = part.op.weight(part.state)
             if part.perm is not None:
                 weight = torch.empty_like(weight).index_copy_(1, part.perm, weight)
             weights.append(weight)
@@ -114,18 +100,27 @@ class CheckpointMethod(QuantMethod):
 
     def __init__(self, init: QuantInit) -> None:
         super().__init__(init)
-        self.options: KernelOptions = init.options or KernelOptions()
-        self.kernels: dict[str, tuple[str, str]] = {}
+        self._told: set[str] = set()
         refuse_experts(name for name in init.stored if name.endswith(f".{self.marker}"))
 
     def is_quantized(self, source: LinearSpec) -> bool:
         """Whether the checkpoint stores the layer in quantized form."""
         return f"{source.name}.{self.marker}" in self.init.stored
 
-    def report(self, spec: LinearSpec, kernel: Kernel, reason: str) -> None:
-        """Note which kernel a layer got, and why."""
-        self.kernels[spec.name] = (kernel.name, reason)
-        logger.debug("%s: kernel %s (%s)", spec.name, kernel.name, reason)
+    def form_of(self, source: LinearSpec) -> str:
+        """What has to be alike in quantized layers for them to be fused."""
+        return "quantized"
+
+    def may_fuse(self, sources: tuple[LinearSpec, ...]) -> bool:
+        """Only layers of one form; says which are not."""
+        forms = {s.name: self.form_of(s) if self.is_quantized(s) else "unquantized" for s in sources}
+        if len(set(forms.values())) == 1:
+            return True
+        each = "; ".join(f"{name.rpartition('.')[2]}: {form}" for name, form in forms.items())
+        if each not in self._told:
+            self._told.add(each)
+            logger.warning("%s and where else it is so: not fused, as forms differ: %s", sources[0].name, each)
+        return False
 
     def check_shapes(self, sources: tuple[LinearSpec, ...], stored_tensors: Any) -> None:
         """Compare what the configuration makes of each tensor with what the file says. Raises UnsupportedModel."""

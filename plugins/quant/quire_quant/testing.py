@@ -118,6 +118,29 @@ def gemv_tensors(layer: Layer, group_size: int) -> dict[str, Tensor]:
     return {"qweight": pack_along(layer.codes.t(), 4), "qzeros": pack_along(zeros, 4), "scales": scales}
 
 
+def gptq_sample(inputs: int, outputs: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """A layer of 4 bits in groups of 128 for the conformance kit."""
+    layer = random_layer(inputs, outputs, 4, 128, seed=seed)
+    return gptq_tensors(layer, 4), layer.weight
+
+
+def awq_sample(inputs: int, outputs: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """The same in AWQ's gemm layout."""
+    layer = random_layer(inputs, outputs, 4, 128, seed=seed)
+    return awq_tensors(layer), layer.weight
+
+
+def compressed_sample(inputs: int, outputs: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """The same as compressed-tensors packs it."""
+    layer = random_layer(inputs, outputs, 4, 128, seed=seed)
+    return compressed_tensors(layer, 4), layer.weight
+
+
+def fp8_sample(inputs: int, outputs: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """A float8 layer with a scale for each output."""
+    return fp8_tensors(inputs, outputs, (outputs, 1), seed=seed)
+
+
 Quantize = Callable[[str, int, int], "tuple[Mapping[str, Tensor], Tensor] | None"]
 
 

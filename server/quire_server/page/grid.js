@@ -13,19 +13,24 @@ export function hue(id) {
   return (order.get(request) * 137.508) % 360;
 }
 
-/** What each square shows: the first holder of its blocks, and whether one of them is shared. */
+/** What each square shows: the first holder of its blocks, whether one is shared, whether one may be hit again. */
 export function squares(view) {
   const each = Math.max(1, Math.ceil(view.num_blocks / MOST));
-  const found = Array.from({ length: Math.ceil(view.num_blocks / each) }, () => ({ holder: null, shared: false }));
-  const holders = new Map();
+  const found = Array.from({ length: Math.ceil(view.num_blocks / each) }, () => ({
+    holder: null,
+    shared: false,
+    cached: false,
+  }));
+  const square = (block) => found[Math.floor((block - 1) / each)];
+  const held = new Set();
   for (const { sequence_id: id, block_ids: blocks } of view.sequences) {
     for (const block of blocks) {
-      const square = found[Math.floor((block - 1) / each)];
-      square.holder ??= id;
-      if (holders.has(block)) square.shared = true;
-      holders.set(block, id);
+      square(block).holder ??= id;
+      if (held.has(block)) square(block).shared = true;
+      held.add(block);
     }
   }
+  for (const block of view.cached_block_ids) square(block).cached = true;
   return found;
 }
 
@@ -37,9 +42,9 @@ export function draw(canvas, view) {
   const context = canvas.getContext("2d");
   const style = getComputedStyle(canvas);
   context.clearRect(0, 0, canvas.width, canvas.height);
-  all.forEach(({ holder, shared }, index) => {
+  all.forEach(({ holder, shared, cached }, index) => {
     const [x, y] = [(index % perRow) * SIDE, Math.floor(index / perRow) * SIDE];
-    context.globalAlpha = holder === null ? 0.15 : 1;
+    context.globalAlpha = holder !== null ? 1 : cached ? 0.45 : 0.12;
     context.fillStyle = holder === null ? style.color : `hsl(${hue(holder)} 65% 52%)`;
     context.fillRect(x, y, SIDE - GAP, SIDE - GAP);
     if (shared) {

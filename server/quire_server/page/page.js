@@ -1,9 +1,8 @@
-import { draw } from "./grid.js";
-import { chat, headers, readMetrics } from "./stream.js";
+import { watch } from "./engine.js";
+import { chat, headers } from "./stream.js";
 
 const at = (id) => document.getElementById(id);
 const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
-const INTERVAL = 1000; // milliseconds between two looks at the engine
 
 let turns = []; // messages as the API wants them
 let running = null; // AbortController of the answer that is being made
@@ -118,43 +117,5 @@ async function tellModel() {
   at("model").textContent = `${model.id}, ${model.max_model_len.toLocaleString()} tokens of context`;
 }
 
-let last = null; // (generated tokens, time) of the last look
-
-async function get(path) {
-  const found = await fetch(path, { headers: headers(at("key").value) });
-  return found.ok ? found : null;
-}
-
-async function look() {
-  try {
-    const [samples, engine] = await Promise.all([get("metrics"), get("engine")]);
-    if (samples) tellEngine(readMetrics(await samples.text()));
-    if (engine) tellBlocks(await engine.json());
-  } catch {
-    at("rate").textContent = "no answer";
-  }
-  setTimeout(look, document.hidden ? 10 * INTERVAL : INTERVAL);
-}
-
-function tellEngine(metrics) {
-  const now = performance.now();
-  const tokens = metrics.generation_tokens_total ?? 0;
-  if (last !== null) at("rate").textContent = ((1000 * (tokens - last.tokens)) / (now - last.now)).toFixed(0);
-  last = { tokens, now };
-  at("running").textContent = metrics.num_requests_running ?? 0;
-  at("waiting").textContent = metrics.num_requests_waiting ?? 0;
-  at("preemptions").textContent = metrics.num_preemptions_total ?? 0;
-  at("cache").textContent = `${(100 * (metrics.kv_cache_usage_perc ?? 0)).toFixed(1)} %`;
-  const asked = metrics.prefix_cache_queries_total ?? 0;
-  const hits = metrics.prefix_cache_hits_total ?? 0;
-  at("hits").textContent = asked ? `${((100 * hits) / asked).toFixed(0)} %` : "–";
-}
-
-function tellBlocks(view) {
-  draw(at("grid"), view);
-  at("step").textContent = view.steps.at(-1)?.num_tokens ?? 0;
-  at("cached").textContent = `${view.num_cached_blocks} of ${view.num_blocks}`;
-}
-
 tellModel();
-look();
+watch(() => at("key").value);

@@ -1,4 +1,4 @@
-// The server's event stream, and its metrics, as values. No other site is ever asked.
+// The server's event streams as values. No other site is ever asked.
 
 export class ServerError extends Error {}
 
@@ -26,14 +26,9 @@ export function takeEvents(buffer) {
   return { events, rest };
 }
 
-/** Yields the chunks of a streamed chat; throws ServerError with the server's own words. */
-export async function* chat(body, key, signal) {
-  const answer = await fetch("v1/chat/completions", {
-    method: "POST",
-    headers: headers(key),
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
-    signal,
-  });
+/** Yields the data of each event of a path; throws ServerError with the server's own words. */
+export async function* events(path, options) {
+  const answer = await fetch(path, options);
   if (!answer.ok) throw new ServerError(await problem(answer));
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "";
@@ -42,21 +37,17 @@ export async function* chat(body, key, signal) {
     if (done) return;
     const taken = takeEvents(buffer + value);
     buffer = taken.rest;
-    for (const data of taken.events) {
-      if (data === "[DONE]") return;
-      const chunk = JSON.parse(data);
-      if (chunk.error) throw new ServerError(chunk.error.message);
-      yield chunk;
-    }
+    yield* taken.events;
   }
 }
 
-/** Sums of Prometheus samples by name, without the prefix. */
-export function readMetrics(text) {
-  const found = {};
-  for (const line of text.split("\n")) {
-    const match = /^quire:([a-z_]+)(?:\{[^}]*\})? ([-+.eE0-9]+)$/.exec(line);
-    if (match) found[match[1]] = (found[match[1]] ?? 0) + Number(match[2]);
+/** Yields the chunks of a streamed chat; throws ServerError as `events` does, and for an error in the stream. */
+export async function* chat(body, key, signal) {
+  const asked = JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } });
+  for await (const data of events("v1/chat/completions", { method: "POST", headers: headers(key), body: asked, signal })) {
+    if (data === "[DONE]") return;
+    const chunk = JSON.parse(data);
+    if (chunk.error) throw new ServerError(chunk.error.message);
+    yield chunk;
   }
-  return found;
 }

@@ -13,7 +13,7 @@ router = APIRouter(include_in_schema=False)
 
 FOLDER = files("quire_server") / "page"
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
-ASSETS = frozenset({"page.css", "page.js", "stream.js", "grid.js", "docs.js"})
+ASSETS = frozenset({"page.css", "page.js", "stream.js", "engine.js", "grid.js", "steps.js", "docs.js"})
 SECURITY = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; "
