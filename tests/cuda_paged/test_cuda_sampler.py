@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from quire.sampling.philox import uniform
+from quire.sampling.philox import seeded_uniform
 from quire.sampling.sampler import TorchSampler
 from quire.testing.sampler import RowParams, SamplerConformance, sampling_batch
 from quire_cuda_paged.sampler import CudaSampler
@@ -78,7 +78,7 @@ def test_many_likely_tokens_are_told_apart():
     """In float32 the cumulative sum of so many equal weights would be off by more than a token."""
     rows = [RowParams(seed=5, position=index) for index in range(4)]
     ours, exact = both(torch.zeros(4, 40_000), rows)
-    assert ours == exact == (uniform(torch.full((4,), 5), torch.arange(4)) * 40_000).long().tolist()
+    assert ours == exact == (seeded_uniform(torch.full((4,), 5), torch.arange(4)) * 40_000).long().tolist()
 
 
 def test_rows_may_lie_apart_and_columns_too():
