@@ -128,7 +128,8 @@ def decode(llm: Any, vocab: int, batch: int, context: int, steps: int) -> dict[s
     while engine.has_work():
         engine.step()
         stats = engine.last_step
-        if stats is not None and stats.num_rows == batch == stats.num_tokens:
+        is_new = stats is not None and (not seen or stats.step_id > seen[-1].step_id)
+        if is_new and stats.num_rows == batch == stats.num_tokens:
             seen.append(stats)
             times.append(time.perf_counter())
     gaps = [later - earlier for earlier, later in itertools.pairwise(times[2:])]

@@ -14,6 +14,8 @@ CUDA = "tests/cuda_paged/test_cuda_attention.py"
 CUDA_SAMPLER = "tests/cuda_paged/test_cuda_sampler.py"
 CUDA_OPS = "tests/cuda_paged/test_cuda_ops.py"
 REMOTE = "tests/remote/test_remote_engine.py"
+QUANT_WORDS = "tests/quant_cuda/test_words.py"
+QUANT_CUDA = "tests/quant_cuda/test_kernels.py"
 DETERMINISTIC = "tests/engine/test_deterministic.py"
 
 
@@ -38,6 +40,10 @@ PROCESSORS = "framework/quire/sampling/processors.py"
 KERNELS = "plugins/cuda_paged/quire_cuda_paged/kernels.py"
 SAMPLING_KERNELS = "plugins/cuda_paged/quire_cuda_paged/sampling_kernels.py"
 ROW_KERNELS = "plugins/cuda_paged/quire_cuda_paged/row_kernels.py"
+WORDS = "plugins/quant/quire_quant/cuda_words.py"
+CODE_KERNELS = "plugins/quant/quire_quant/cuda_kernels.py"
+CODE_LAUNCHES = "plugins/quant/quire_quant/cuda_launches.py"
+CODE_LINEAR = "plugins/quant/quire_quant/cuda_linear.py"
 LEDGER = "framework/quire/remote/ledger.py"
 BUILDER = "framework/quire/engine/batch.py"
 ROWS = "framework/quire/engine/rows.py"
@@ -257,6 +263,13 @@ MUTANTS = (
         OVERLAP,
     ),
     Mutant("overlap: one buffer for all steps", STAGING, "IN_FLIGHT = 2", "IN_FLIGHT = 1", BATCH),
+    Mutant(
+        "overlap: a step that brings nothing is not waited for",
+        RUNNER,
+        "copy = self._parts.device.copy_to_host(tensors)",
+        "copy = self._parts.device.copy_to_host(tensors) if tensors else HostCopy(())",
+        OVERLAP,
+    ),
     Mutant(
         "overlap: the token is not kept for the next step",
         RUNNER,
@@ -549,5 +562,117 @@ MUTANTS = (
         "tl.store(k_cache_ptr + slot * k_slot + at, k.to(",
         "tl.store(k_cache_ptr + slot * k_slot + at, tl.load(qkv + HEADS * D + at, mask=inside, other=0.0).to(",
         CUDA,
+    ),
+    Mutant(
+        "quant cuda: nibbles in the order of inputs",
+        WORDS,
+        "4 * (segment + 4 * half)",
+        "4 * (2 * segment + half)",
+        QUANT_WORDS,
+    ),
+    Mutant(
+        "quant cuda: scales of the wrong group",
+        WORDS,
+        "first // group_size",
+        "first // unit",
+        QUANT_WORDS,
+    ),
+    Mutant(
+        "quant cuda: a unit that a group ends within",
+        WORDS,
+        "if group_size % unit == 0",
+        "if group_size >= unit",
+        QUANT_WORDS,
+    ),
+    Mutant(
+        "quant cuda: scales cut to float16",
+        WORDS,
+        "if torch.equal(scales.to(dtype).to(scales.dtype), scales):",
+        "if True:",
+        QUANT_WORDS,
+    ),
+    Mutant(
+        "quant cuda: halves taken from the wrong bits",
+        CODE_KERNELS,
+        "(((shifted >> 16) & 0xF) | bits)",
+        "(((shifted >> 4) & 0xF) | bits)",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: lop3 with another table",
+        CODE_KERNELS,
+        "0x43004300, 0xEA",
+        "0x43004300, 0xE8",
+        QUANT_WORDS,
+    ),
+    Mutant(
+        "quant cuda: the offset stays in the sums",
+        CODE_KERNELS,
+        "(part - sums * zero[None, :])",
+        "(part - sums * (zero - OFFSET)[None, :])",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: inputs beyond the last are read",
+        CODE_KERNELS,
+        "ok = ok & (k < inputs)[None, :]",
+        "ok = ok",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: the first to arrive adds",
+        CODE_KERNELS,
+        'sem="acq_rel") == SPLIT - 1',
+        'sem="acq_rel") == 0',
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: counters are left as they are",
+        CODE_KERNELS,
+        "            tl.store(count_ptr + counter, 0)\n",
+        "",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: the bias is lost when inputs are split",
+        CODE_KERNELS,
+        "(total + bias).to(",
+        "total.to(",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: wide products take the wrong inputs",
+        CODE_KERNELS,
+        "m, k - 32, rows",
+        "m, k, rows",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: halves before segments",
+        CODE_KERNELS,
+        "both.permute(0, 3, 2, 1)",
+        "both.permute(0, 2, 3, 1)",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: the deterministic split depends on the rows",
+        CODE_LINEAR,
+        "split = self._split(launch, MIN_BLOCK_M, state.words)",
+        "split = self._split(launch, len(x), state.words)",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: every part is the first",
+        CODE_LINEAR,
+        "self._dequantized(words, start, end)",
+        "self._dequantized(words, 0, end - start)",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: splits without work",
+        CODE_LAUNCHES,
+        "and input_tiles >= 2 * split * SPLIT_TILES",
+        "and input_tiles >= split",
+        QUANT_WORDS,
     ),
 )

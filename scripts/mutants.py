@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 COPIED = ("framework", "plugins", "server", "tests", "scripts", "pyproject.toml")
 LIMIT_S = 150
 """A fault that makes the tests hang for so long has been noticed."""
-PACKAGES = ("framework", "plugins/cpu_ref", "plugins/cuda_paged", "plugins/quant", "server")
+PACKAGES = ("framework", "plugins/cpu_native", "plugins/cpu_ref", "plugins/cuda_paged", "plugins/quant", "server")
 
 
 def is_killed(mutant: Mutant, tree: Path) -> bool:

@@ -24,7 +24,7 @@ from quire.host.suggest import suggest
 
 ENV_PREFIX = "QUIRE_"
 SPECIAL_VARIABLES = ("QUIRE_LOG_LEVEL", "QUIRE_PLUGINS", "QUIRE_CACHE_DIR")
-"""Level of the program's log, list of allowed plugins, folder of downloaded models."""
+"""Level of the program's log, list of allowed plugins, folder of downloaded models and of what plugins compile."""
 
 
 def at(path: str, default: Any, **bounds: Any) -> Any:
@@ -251,7 +251,10 @@ def read_tree(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the configuration {path} is not valid: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"the configuration {path} is not valid: {' '.join(str(error).split())}",
+            remedy="look at the line that it names; YAML is indented by spaces, never tabs",
+        ) from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):

@@ -4,6 +4,7 @@ A plugin imports this module and `quire.testing`, nothing else of Quire. What is
 `__all__` is covered by the API versions in `POINTS`.
 """
 
+from quire.caching import cache_folder
 from quire.contract.attention import (
     KV_DTYPES,
     AttentionBackend,
@@ -194,6 +195,7 @@ __all__ = [
     "ToolCallStart",
     "UnsupportedModel",
     "apply_rotary",
+    "cache_folder",
     "elementwise",
     "head_norm",
     "hookimpl",

@@ -11,7 +11,8 @@ from quire_cpu_ref.device import CpuDevice
 from quire_cpu_ref.linear import TorchLinear
 from quire_cpu_ref.ops import TorchOps
 from quire_quant.gptq import GPTQMethod
-from quire_quant.int8 import Int8Linear, Int8Method
+from quire_quant.kernels import Dequant, DequantOps
+from quire_quant.rounding import Int8Method, RoundedLinear
 
 from kit_faults.fault import Fault
 
@@ -45,6 +46,20 @@ def swaps_gate_and_value(op, spec):
 def takes_other_gelu(op, spec):
     names = {"gelu": "gelu_tanh", "gelu_tanh": "gelu", "silu": "silu"}
     return TorchOps(INIT).build(dataclasses.replace(spec, activation=names[spec.activation]))
+
+
+class IgnoresZeros(Dequant):
+    """Takes the middle for every zero point."""
+
+    def pack(self, codes, scales, zeros):
+        return super().pack(
+            codes, scales, zeros if zeros is None else torch.full_like(zeros, 1 << (self.spec.bits - 1))
+        )
+
+
+class FaultyDequant(DequantOps):
+    def build(self, spec):
+        return IgnoresZeros(spec)
 
 
 def forgets_renormalization(op, spec):
@@ -89,47 +104,43 @@ class HalvesFewRows(TorchLinear):
         return total if bias is None else total + bias
 
 
-class Int8Faulty(Int8Method):
+class FaultyRounding(Int8Method):
     """Makes layers of `kind`."""
 
-    kind = Int8Linear
+    kind = RoundedLinear
 
     def linear(self, spec, sources):
-        return None if super().linear(spec, sources) is None else self.kind(spec, self._group_size)
+        return None if super().linear(spec, sources) is None else self.kind(spec, self._form, self.init)
 
 
-class RoundsInputs(Int8Faulty):
+class RoundsInputs(FaultyRounding):
     """Activations on one grid for the whole batch."""
 
-    class kind(Int8Linear):
+    class kind(RoundedLinear):
         def forward(self, x, state, bias):
-            scale = x.abs().max() / 127 if x.numel() else 1.0
-            return super().forward(
-                torch.where(x.abs() > 1e3, (x / scale).round() * scale, x / scale * scale), state, bias
-            )
+            scale = x.abs().max() / 2**20 if x.numel() else 1.0
+            return super().forward((x / scale).round() * scale, state, bias)
 
 
-class DropsQuantBias(Int8Faulty):
-    class kind(Int8Linear):
+class DropsQuantBias(FaultyRounding):
+    class kind(RoundedLinear):
         def forward(self, x, state, bias):
             return super().forward(x, state, None)
 
 
-class OneScaleForAll(Int8Faulty):
-    """The largest weight of the whole layer sets every scale, so that shards differ from the whole."""
+class OneScaleForAll(FaultyRounding):
+    """The largest weight of the whole layer sets the grid, so that shards differ from the whole."""
 
-    class kind(Int8Linear):
+    class kind(RoundedLinear):
         def finalize(self, tensors, device):
-            largest = tensors["weight"].abs().max()
-            state = super().finalize({"weight": torch.full_like(tensors["weight"], largest)}, device)
-            codes = (tensors["weight"] / state.scales.max()).round().clamp(-127, 127).to(torch.int8)
-            return dataclasses.replace(state, codes=codes)
+            step = tensors["weight"].abs().max() / 100
+            return super().finalize({"weight": (tensors["weight"] / step).round() * step}, device)
 
 
-class SkipsTheTail(Int8Faulty):
+class SkipsTheTail(FaultyRounding):
     """Outputs beyond the last whole tile of 8 are left at zero."""
 
-    class kind(Int8Linear):
+    class kind(RoundedLinear):
         def forward(self, x, state, bias):
             out = super().forward(x, state, bias)
             out[:, out.shape[1] // 8 * 8 :] = 0
@@ -221,6 +232,7 @@ FAULTS = (
     Fault("bias dropped in packing", "op", Wrong("linear", lambda _, spec: ForgetsBias(spec))),
     Fault("inputs rounded by a scale of the batch", "op", Wrong("linear", lambda _, spec: SharesAScale(spec))),
     Fault("experts' weights not renormalized", "op", Wrong("moe", forgets_renormalization)),
+    Fault("zero points ignored", "op", FaultyDequant(INIT)),
     Fault("few rows summed in another order", "op", Wrong("linear", lambda _, spec: HalvesFewRows(spec))),
     Fault("rows share an activation scale", "quantization", RoundsInputs),
     Fault("bias dropped", "quantization", DropsQuantBias),

@@ -19,16 +19,17 @@ EXAMPLES = sorted((ROOT / "examples" / "plugins").glob("quire-*"))
 
 
 def install(repository, site):
-    """Put the repository's package and its entry points into the folder `site`; returns its distribution's name."""
+    """Put the repository's package, and the entry points of its pyproject.toml, into the folder `site`."""
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
-    for package in project["entry-points"]["quire"].values():
-        shutil.copytree(repository / package, site / package)
+    for package in repository.glob("quire_*"):
+        shutil.copytree(package, site / package.name)
     info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-    lines = [f"{name} = {target}" for name, target in project["entry-points"]["quire"].items()]
-    (info / "entry_points.txt").write_text("\n".join(["[quire]", *lines, ""]))
-    return project["name"]
+    lines = []
+    for group, entries in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())]
+    (info / "entry_points.txt").write_text("\n".join([*lines, ""]))
 
 
 def run_python(*arguments, cwd, site=None, code=0):
@@ -63,6 +64,11 @@ def written(tmp_path_factory):
     for example in EXAMPLES:
         install(example, root / "site")
     return root
+
+
+@pytest.fixture
+def installer():
+    return install
 
 
 @pytest.fixture

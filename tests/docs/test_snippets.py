@@ -13,7 +13,10 @@ FILE = re.compile(r"# (\w+\.py)\n")
 """The first line of a block that is a file; `test_written_plugin` writes those."""
 LIVE = {ROOT / "docs" / "server.md"}
 """Pages whose snippets need a running server; test_server_page.py runs those."""
-PAGES = sorted({ROOT / "README.md", *ROOT.glob("scripts/tiny/*.md"), *ROOT.glob("docs/*.md")} - LIVE)
+OWN_TEST = {ROOT / "docs" / "plugins" / "tutorial.md"}
+"""Pages that build on their own snippets, one after the other; test_tutorial.py follows it."""
+DOCS = {*ROOT.glob("docs/*.md"), *ROOT.glob("docs/plugins/*.md")}
+PAGES = sorted({ROOT / "README.md", *ROOT.glob("scripts/tiny/*.md"), *DOCS} - LIVE - OWN_TEST)
 
 
 def blocks(page):

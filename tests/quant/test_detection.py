@@ -10,6 +10,7 @@ import pytest
 import torch
 from quire import LLM, SamplingParams, UnsupportedModel
 from quire.plugin import LinearSpec, QuantInit
+from quire.testing.quantization import reference_op
 from quire.testing.tiny_models import make_checkpoint, reference_model
 from quire_quant.awq import AWQMethod
 from quire_quant.compressed import CompressedTensorsMethod
@@ -156,7 +157,7 @@ def test_awq_zero_points_that_are_stored_count_whatever_the_settings_say():
     tensors, spec = awq_tensors(layer), LinearSpec(64, 32, False, torch.float64, name="m")
     headers = {f"m.{name}": (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     settings = {"bits": 4, "group_size": 32, "zero_point": False}
-    linear = AWQMethod(QuantInit(settings, headers, CPU, torch.float64)).linear(spec, (spec,))
+    linear = AWQMethod(QuantInit(settings, headers, CPU, torch.float64, op=reference_op)).linear(spec, (spec,))
     torch.testing.assert_close(linear.dequantize(linear.finalize(tensors, CPU)), layer.weight, rtol=1e-6, atol=1e-7)
 
 

@@ -1,7 +1,5 @@
 """What methods lose, on whole models: GPTQ less than AWQ, AWQ less than rounding, fewer bits more than many."""
 
-import json
-
 import pytest
 import torch
 from quire.commands import resolve_checkpoint
@@ -46,14 +44,11 @@ def test_errors_of_layers_are_ordered_on_random_models(architecture, tmp_path):
 
 
 @pytest.mark.slow
-def test_errors_and_perplexity_are_ordered_on_the_bundled_model(tmp_path):
+def test_errors_of_layers_are_ordered_on_the_bundled_model(tmp_path):
     source = resolve_checkpoint(None)
     rows = calibration_rows(AutoTokenizer.from_pretrained(source.folder), 32, seed=0)
     means = mean_errors(source, tmp_path, rows, 3, 64)
     assert means["gptq"] < 0.95 * means["awq"], means
     assert means["awq"] < means["rtn"], means
-    reports = {method: json.loads((tmp_path / f"{method}3" / "quantize-report.json").read_text()) for method in means}
-    assert reports["gptq"]["perplexity_after"] < reports["rtn"]["perplexity_after"]
     four = produce(source, tmp_path / "gptq4", Recipe("gptq", 4, 64, sym=True), rows)
     assert sum(four.errors.values()) / len(four.errors) < 0.6 * means["gptq"]
-    assert four.perplexity_after < 1.06 * four.perplexity_before

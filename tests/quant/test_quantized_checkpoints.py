@@ -87,11 +87,13 @@ def test_deterministic_and_bfloat16(tmp_path):
     assert [out.outputs[0].token_ids for out in together] == [out.outputs[0].token_ids for out in alone]
 
 
-def test_a_kernel_named_by_the_user(tmp_path):
+def test_an_op_set_named_by_the_user(tmp_path):
     folder, plain = quantized_checkpoint("llama", tmp_path, gptq(), GPTQ)
-    check(folder, plain, plugin_options={"gptq": {"kernel": "dequant"}})
-    with pytest.raises(ConfigError, match="'int4pack' cannot serve it"):
-        logprobs(folder, plugin_options={"gptq": {"kernel": "int4pack"}})
+    check(folder, plain, ops={"quant_linear": "dequant"})
+    with pytest.raises(
+        ConfigError, match="no op set serves quant_linear: quant:int4pack: the compute dtype is float32"
+    ):
+        logprobs(folder, ops={"quant_linear": "int4pack"})
 
 
 def test_a_checkpoint_of_another_method_is_named(tmp_path):

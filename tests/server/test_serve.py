@@ -32,6 +32,7 @@ def quire_serve(*arguments, stderr=subprocess.PIPE, **more):
 class Served(NamedTuple):
     process: subprocess.Popen
     block: str
+    log: Path
 
 
 @contextlib.contextmanager
@@ -43,7 +44,7 @@ def serving(log, *arguments, **more):
         while "  try  " not in log.read_text():
             assert process.poll() is None, log.read_text()
             time.sleep(0.05)
-        yield Served(process, log.read_text())
+        yield Served(process, log.read_text(), log)
     finally:
         process.kill()
         process.wait()
@@ -82,6 +83,19 @@ def test_the_line_to_paste_works(tcp):
     assert answer["choices"][0]["message"]["content"] == "72"
     for told in ("ready in", "model     quire-tiny", "context   2,048 tokens", "KV cache  4,784 tokens, 2.3 requests"):
         assert told in tcp.block
+
+
+def test_it_says_what_it_loads_and_who_asked(tcp):
+    with httpx.Client(base_url=url(tcp)) as client:
+        client.get("/ready")
+        client.get("/v1/models", headers={"X-Request-Id": "asked-1"})
+    deadline = time.monotonic() + 5
+    while "asked-1" not in (log := tcp.log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)  # the line follows the answer
+    for phase in ("building the model: ", "loading weights: ", "packing: "):
+        assert log.index(phase) < log.index("ready in")
+    assert re.search(r"^info: GET '/v1/models' 200 \d+ ms asked-1$", log, re.MULTILINE)
+    assert "'/ready'" not in log
 
 
 def test_the_line_to_paste_works_over_a_unix_socket(uds):

@@ -16,6 +16,7 @@ from quire.cli.new import new
 from quire.cli.session import open_session
 from quire.contract.provider import POINTS, Provider
 from quire.errors import ConfigError
+from quire.host.sources import why_not_found
 from quire.host.suggest import suggest
 from quire.registry import PluginHost
 
@@ -65,7 +66,10 @@ def certify_plugin(
 
     host = open_session(context, {}).host
     if name not in host.reports:
-        raise ConfigError(f"there is no plugin called {name!r}", remedy=suggest(name, host.reports))
+        shipped = {report.distribution: report.name for report in host.reports.values()}
+        remedy = suggest(shipped.get(name, name), host.reports)
+        remedy = remedy if remedy.startswith("did") else f"{remedy}; {why_not_found(name)}"
+        raise ConfigError(f"there is no plugin called {name!r}", remedy=remedy)
     report = host.reports[name]
     providers = [provider for provider in report.providers if point in (None, provider.point)]
     if not providers:

@@ -8,6 +8,7 @@ written there and block-table padding may be dereferenced.
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -184,6 +185,15 @@ class AttentionCaps:
     needs_exact_host_lens: bool = False
     kv_tolerance: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Raises TypeError for what would only be found out much later: text where a set is needed."""
+        kinds = {"device_types": str, "dtypes": torch.dtype, "kv_dtypes": str, "features": str}
+        examples = {"device_types": "'cpu'", "dtypes": "torch.float32", "kv_dtypes": "'auto'", "features": "'causal'"}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, frozenset) or not all(isinstance(item, kind) for item in value):
+                raise TypeError(f"AttentionCaps.{name} is {value!r}; write frozenset({{{examples[name]}}})")
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionInit:
@@ -233,7 +243,7 @@ class AttentionBackend(ABC):
         """Reasons why this layer cannot be served; empty if it can. Derived from `caps`."""
         caps, reasons = cls.caps, []
         if device_type not in caps.device_types:
-            reasons.append(f"device {device_type!r} is not one of {sorted(caps.device_types)}")
+            reasons.append(f"device {device_type!r} is not in its caps.device_types, {sorted(caps.device_types)}")
         if dtype not in caps.dtypes:
             reasons.append(f"dtype {dtype} is not one of {sorted(map(str, caps.dtypes))}")
         if caps.head_dims is not None and layer.head_dim not in caps.head_dims:
@@ -241,7 +251,9 @@ class AttentionBackend(ABC):
         if not any(block_size % size == 0 for size in caps.block_sizes):
             reasons.append(f"block size {block_size} is not a multiple of one of {caps.block_sizes}")
         if missing := sorted(layer.features - caps.features):
-            reasons.append(f"features {missing} are not supported")
+            alike = [name for word in missing for name in difflib.get_close_matches(word, caps.features, n=1)]
+            meant = f", which say {alike}" if alike else ""
+            reasons.append(f"features {missing} are not in its caps.features{meant}")
         return reasons
 
     @classmethod

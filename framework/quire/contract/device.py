@@ -121,7 +121,8 @@ class Device(ABC):
     def copy_to_host(self, tensors: Sequence[Tensor]) -> HostCopy:
         """Start to copy the tensors, behind all work that was handed over before.
 
-        They must not be written until the copy was waited for. The default copies at once.
+        They must not be written until the copy was waited for. With no tensors at all it is that work which is
+        waited for. The default copies at once.
         """
         return HostCopy([tensor.to("cpu", copy=True) for tensor in tensors])
 

@@ -78,6 +78,13 @@ class QuantLinear(ABC):
     def tensors(self) -> tuple[QuantTensor, ...]:
         """What to read from the checkpoint for a layer of `spec`'s size."""
 
+    def operation(self) -> OpSpec | None:
+        """What it will ask `QuantInit.op` for, as far as headers tell; None: it multiplies by itself.
+
+        For `quire plugins explain quantization`, which reads no tensors.
+        """
+        return None
+
     @abstractmethod
     def finalize(self, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
         """Validate and repack, once; returns the state for `forward`. Raises UnsupportedModel."""

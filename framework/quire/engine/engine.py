@@ -30,7 +30,7 @@ from quire.engine.emission import Emission
 from quire.engine.intake import Intake, Prompt, Submission
 from quire.engine.metrics import Metrics, StepTimes, step_stats
 from quire.engine.view import engine_view
-from quire.errors import EngineDead, RequestError
+from quire.errors import EngineDead, PluginError, RequestError
 from quire.facade import EngineFacade, EngineView
 from quire.outputs import OutputDelta
 from quire.params import SamplingParams
@@ -60,6 +60,7 @@ class EngineParts:
     chat: ChatFormat
     on_step: Callable[[StepStats], None] | None
     num_kv_blocks: int
+    blame: Callable[[BaseException], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ class Engine:
     def step(self) -> list[OutputDelta]:
         """Launch one step, and end the one that is due; what that added. Raises EngineDead if several fail in a row."""
         started = time.perf_counter()
-        schedule = self.parts.scheduler.schedule()
+        schedule = self._scheduled()
         scheduled = time.perf_counter()
         self.parts.metrics.scheduled(schedule)
         future = self._launch(schedule)
@@ -219,14 +220,26 @@ class Engine:
             result = flight.future.result()
         except Exception as error:
             self._failed_steps += 1
-            logger.exception("step %d failed; its %d requests end", schedule.step_id, len(schedule.rows))
+            where, ending = self.parts.blame(error), len(schedule.rows)
+            logger.exception("step %d failed%s; its %d requests end", schedule.step_id, where, ending)
             if self._failed_steps >= MAX_FAILED_STEPS:
-                raise EngineDead(f"{self._failed_steps} steps in a row failed, the last with: {error}") from error
-            text = f"the step failed: {type(error).__name__}: {error}"
+                raise EngineDead(
+                    f"{self._failed_steps} steps in a row failed, the last{where} with: {error}"
+                ) from error
+            text = f"the step failed{where}: {type(error).__name__}: {error}"
             rows = tuple(RowResult(row.request_id, error=text) for row in schedule.rows)
             return StepResult(schedule.step_id, rows)
         self._failed_steps = 0
         return result
+
+    def _scheduled(self) -> Schedule:
+        """The next schedule. Raises PluginError if a plugin's policy, scheduler or allocator fails."""
+        try:
+            return self.parts.scheduler.schedule()
+        except Exception as error:
+            if where := self.parts.blame(error):
+                raise PluginError(f"scheduling failed{where}: {type(error).__name__}: {error}") from error
+            raise
 
     def _report(self, stats: StepStats) -> None:
         self._steps.append(stats)

@@ -17,7 +17,7 @@ from quire.contract.request import Schedule, StepResult
 from quire.engine.build import build_attention, build_layers, build_model, build_pipeline
 from quire.engine.runner import Runner, RunnerParts
 from quire.engine.warmup import capture_graphs, peak_bytes
-from quire.errors import EngineError, OutOfMemory
+from quire.errors import EngineError, OutOfMemory, PluginError
 from quire.resolve import ResolvedConfig
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class InprocExecutor(Executor):
                     max_num_batched_tokens=config.max_num_batched_tokens,
                     max_model_len=config.max_model_len,
                     block_size=config.block_size,
+                    blame=self._host.blame,
                 )
             )
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -106,6 +107,11 @@ class InprocExecutor(Executor):
                 f"{error}",
                 remedy="lower max_num_batched_tokens or max_num_seqs",
             ) from error
+        except Exception as error:
+            if where := self._host.blame(error):
+                reason = f"a first step failed{where}: {type(error).__name__}: {error}"
+                raise PluginError(reason, remedy="`quire --debug ...` shows where") from error
+            raise
         memory = self._device.memory()
         logger.info("a step takes up to %.2f GiB; %.2f GiB are free", peak / 2**30, memory.free / 2**30)
         return KVBudget(bytes_per_block, max(0, memory.free - peak), memory.kv_share)

@@ -48,6 +48,7 @@ class RunnerParts:
     max_num_batched_tokens: int
     max_model_len: int
     block_size: int
+    blame: Callable[[BaseException], str]
 
 
 @dataclass(slots=True)
@@ -163,7 +164,10 @@ class Runner:
                 raise
             self._parts.device.synchronize()  # the buffers that take turns are all free then
             results = isolate(
-                schedule.rows, error, lambda part: self._collect_rows(self._launch_rows(part, times), times)
+                schedule.rows,
+                error,
+                lambda part: self._collect_rows(self._launch_rows(part, times), times),
+                self._parts.blame,
             )
         return Launched(schedule, times, results=results)
 
@@ -191,7 +195,8 @@ class Runner:
         tensors = [prompt.figures for prompt in prompts.values()]
         if sampled is not None:
             tensors += sampled.tensors()
-        copy = self._parts.device.copy_to_host(tensors) if tensors else HostCopy(())
+        # Also if there is nothing to bring: the step's buffer is free for another one when the copy was waited for.
+        copy = self._parts.device.copy_to_host(tensors)
         times.sample += times.lap()
         return _Running(rows, sampled, prompts, copy)
 

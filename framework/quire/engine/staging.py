@@ -21,6 +21,8 @@ ALIGNMENT = 64
 """Bytes; kernels load aligned addresses in wide pieces, and are compiled anew for others."""
 IN_FLIGHT = 2
 """Steps that may be in flight at once, the one being launched included."""
+MOST_KNOWN = 4096
+"""Vectors whose views are kept: one decode step is like the other, and making views takes longer than filling them."""
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.int32: np.dtype(np.int32),
     torch.int64: np.dtype(np.int64),
@@ -52,6 +54,8 @@ class Staging:
         self._hosts = [device.host_buffer((num_bytes,), torch.uint8) for _ in range(IN_FLIGHT)]
         self._arrays = [host.numpy() for host in self._hosts]
         self._device = None if shared else torch.zeros(num_bytes, dtype=torch.uint8, device=self._torch_device)
+        self._num_bytes = num_bytes
+        self._known: dict[tuple[int, int, int, torch.dtype], Reserved] = {}
         self._turn = self._used = 0
 
     def begin(self) -> None:
@@ -65,17 +69,20 @@ class Staging:
         The device's tensor is valid from `send` to the next step's, the CPU's until the turn comes round again.
         """
         start, end = self._used, self._used + length * dtype.itemsize
-        host = self._hosts[self._turn]
-        if end > len(host):
-            raise ValueError(f"{end - start} bytes find no room in a step's buffer of {len(host)}")
+        if end > self._num_bytes:
+            raise ValueError(f"{end - start} bytes find no room in a step's buffer of {self._num_bytes}")
         self._used = -(-end // ALIGNMENT) * ALIGNMENT
-        view = host[start:end].view(dtype)
-        device = view if self._device is None else self._device[start:end].view(dtype)
-        return Reserved(self._arrays[self._turn][start:end].view(_NUMPY[dtype]), view, device)
+        place = (self._turn, start, length, dtype)
+        known = self._known.get(place)
+        if known is None:
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            known = self._known[place] = self._reserved(start, end, dtype)
+        return known
 
     def put(self, values: NDArray[Any]) -> Tensor:
         """A vector on the device; its content comes with `send`."""
-        if self._used + values.nbytes > len(self._hosts[self._turn]):
+        if self._used + values.nbytes > self._num_bytes:
             return torch.from_numpy(values).to(self._torch_device)
         reserved = self.reserve(len(values), _TORCH[values.dtype])
         reserved.array[:] = values
@@ -84,5 +91,11 @@ class Staging:
     def send(self) -> None:
         """Start the copy, behind all work that was handed to the device before."""
         if self._device is not None:
-            used = min(self._used, len(self._device))
+            used = min(self._used, self._num_bytes)
             self._device[:used].copy_(self._hosts[self._turn][:used], non_blocking=True)
+
+    def _reserved(self, start: int, end: int, dtype: torch.dtype) -> Reserved:
+        host = self._hosts[self._turn]
+        view = host[start:end].view(dtype)
+        device = view if self._device is None else self._device[start:end].view(dtype)
+        return Reserved(self._arrays[self._turn][start:end].view(_NUMPY[dtype]), view, device)

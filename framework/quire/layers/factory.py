@@ -36,23 +36,34 @@ class Operations:
 
     def op(self, spec: OpSpec) -> Any:
         """The operation for a spec. Raises ConfigError that gives each op set's reasons."""
-        wanted = self._overrides.get(spec.kind) or self._overrides.get(DEFAULT)
-        names = [wanted] if wanted else list(self._op_sets)
-        reasons: list[str] = []
-        for name in names:
+        name, passed_over = self.judge(spec)
+        reasons = " | ".join(passed_over)
+        if name is None:
+            raise ConfigError(
+                f"no op set serves {spec.kind}: {reasons or 'none is loaded'}",
+                remedy=f"change ops.{spec.kind}" if self._named(spec) else "load a plugin that provides it",
+            )
+        self.chosen.setdefault(spec.kind, set()).add(name)
+        logger.debug("%s by %s: %s; passed over: %s", spec.kind, name, spec, reasons or "none")
+        note = f"op {spec.kind} of {name}"
+        support = self._op_sets[name].graph_support(spec)
+        self.graph_support[note] = min(support, self.graph_support.get(note, support))
+        return self._op_sets[name].build(spec)
+
+    def judge(self, spec: OpSpec) -> tuple[str | None, list[str]]:
+        """The op set that serves a spec, or None, and why those before it do not."""
+        named = self._named(spec)
+        passed_over: list[str] = []
+        others = [name for name, op_set in self._op_sets.items() if spec.kind in op_set.kinds]
+        for name in [named] if named else others:
             why = self._op_sets[name].why_not(spec)
             if not why:
-                self.chosen.setdefault(spec.kind, set()).add(name)
-                logger.debug("%s by %s: %s; passed over: %s", spec.kind, name, spec, " | ".join(reasons) or "none")
-                note = f"op {spec.kind} of {name}"
-                support = self._op_sets[name].graph_support(spec)
-                self.graph_support[note] = min(support, self.graph_support.get(note, support))
-                return self._op_sets[name].build(spec)
-            reasons.append(f"{name}: {'; '.join(why)}")
-        raise ConfigError(
-            f"no op set serves {spec.kind}: {' | '.join(reasons) or 'none is loaded'}",
-            remedy=f"change ops.{spec.kind}" if wanted else "load a plugin that provides it",
-        )
+                return name, passed_over
+            passed_over.append(f"{name}: {'; '.join(why)}")
+        return None, passed_over
+
+    def _named(self, spec: OpSpec) -> str | None:
+        return self._overrides.get(spec.kind) or self._overrides.get(DEFAULT)
 
 
 class PluginLayers(LayerFactory):
@@ -65,6 +76,10 @@ class PluginLayers(LayerFactory):
 
     def op(self, spec: OpSpec) -> Any:
         return self._operations.op(spec)
+
+    def judge(self, spec: OpSpec) -> tuple[str | None, list[str]]:
+        """As `Operations.judge`."""
+        return self._operations.judge(spec)
 
     def quant_linear(self, spec: LinearSpec, sources: tuple[LinearSpec, ...]) -> QuantLinear | None:
         if self._quantization is None:

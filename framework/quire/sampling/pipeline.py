@@ -22,7 +22,7 @@ from quire.contract.sampling import (
     SamplerInit,
     SamplingBatch,
 )
-from quire.errors import RequestError
+from quire.errors import PluginError, RequestError
 from quire.params import SamplingParams
 from quire.sampling.logprobs import logprob_entries, logprob_figures
 
@@ -203,7 +203,11 @@ class SamplingPipeline:
         has_processed = self._process(logits, slots, num_tokens, token_ids)
         # A row that lost every token to the processors has failed, for whatever it draws is forbidden.
         empty = logits.amax(-1) == -math.inf if has_processed else None
-        tokens = self._sampler.sample(logits, batch).to(torch.int32)
+        drawn: object = self._sampler.sample(logits, batch)
+        if not isinstance(drawn, Tensor) or drawn.shape != logits.shape[:1]:
+            what = list(drawn.shape) if isinstance(drawn, Tensor) else type(drawn).__name__
+            raise PluginError(f"{type(self._sampler).__name__}.sample returned {what}; token ids [R] are needed")
+        tokens = drawn.to(torch.int32)
         outcome = torch.where(finite, tokens, _NOT_FINITE)
         if empty is not None:
             outcome = torch.where(finite & empty, _NOTHING_ALLOWED, outcome)

@@ -45,7 +45,9 @@ class AttentionHarness:
             pytest.skip("; ".join(reasons))
         layers = (placed(layer, self.device),)
         init = AttentionInit(torch.device(self.device), dtype, layers, block_size, MAX_ROWS, 512, 64, deterministic)
-        return backend_class(replace(init, options=self.options, kv_dtype=kv_dtype))
+        backend = backend_class(replace(init, options=self.options, kv_dtype=kv_dtype))
+        assert hasattr(backend, "init"), "`__init__` must call super().__init__(init)"
+        return backend
 
     def run(
         self,
@@ -73,7 +75,9 @@ class AttentionHarness:
             assert same.all(), "write_kv changed a slot that is not in slot_mapping"
         written = [cache.clone() for cache in caches]
         out = problem.q.new_full((batch.num_tokens, layer.num_heads, layer.v_head_dim), float("nan"))
-        backend.forward(layer, problem.q, k, v, caches, batch, backend.plan(batch), out)
+        answer: object = backend.forward(layer, problem.q, k, v, caches, batch, backend.plan(batch), out)
+        assert answer is None, f"forward returned a {type(answer).__name__}; it must write into `out` and return None"
+        assert not out.isnan().all(), "forward wrote nothing into `out`"
         for cache, old in zip(caches, written, strict=True):
             assert torch.isclose(cache.float(), old.float(), rtol=0, atol=0, equal_nan=True).all(), "forward wrote KV"
         assert torch.isfinite(out).all(), "the result must be finite, padding included"

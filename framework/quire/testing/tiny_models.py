@@ -76,9 +76,14 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """Name -> (transformers' class prefix, settings beside COMMON)."""
 
+BRIDGED = "olmo2"
+"""What a spec is tried on that names no architecture, and is asked about any checkpoint."""
+
 
 def architecture_of(spec: ModelSpec) -> str | None:
-    """The first name of ARCHITECTURES whose class the spec serves, if there is one."""
+    """The first name of ARCHITECTURES whose class the spec serves, if there is one; a bridge serves any."""
+    if not spec.architectures:
+        return BRIDGED
     return next(
         (name for name, (prefix, _) in ARCHITECTURES.items() if f"{prefix}ForCausalLM" in spec.architectures), None
     )

@@ -33,6 +33,16 @@ def quire_providers() -> Iterable[Provider]:
         ),
         Provider(
             "op",
+            "triton_quant",
+            "quire_quant.cuda_linear:CudaQuantOps",
+            api=1,
+            priority=50,
+            devices=frozenset({"cuda"}),
+            probe="quire_quant.cuda_probe:missing",
+            summary="codes of up to 8 bits by Triton kernels for NVIDIA GPUs",
+        ),
+        Provider(
+            "op",
             "dequant",
             "quire_quant.kernels:DequantOps",
             api=1,

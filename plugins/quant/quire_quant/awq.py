@@ -88,6 +88,9 @@ class GemmLinear(CodesLinear):
             QuantTensor("scales", (groups, out_features), torch.float16, 1),
         )
 
+    def has_zeros(self) -> bool:
+        return self._has_zeros
+
     def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Codes, ...]:
         zeros = columns(tensors["qzeros"]).t().contiguous() if self._has_zeros else None
         codes = columns(tensors["qweight"]).t().contiguous()

@@ -148,6 +148,9 @@ class PackedLinear(CodesLinear):
         wanted += [QuantTensor(name, *what, 0) for name, what in optional.items() if self._stored[name] is not None]
         return tuple(wanted)
 
+    def has_zeros(self) -> bool:
+        return self._stored["weight_zero_point"] is not None
+
     def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Codes, ...]:
         bits = self.form.bits
 

@@ -128,6 +128,9 @@ class GPTQLinear(CodesLinear):
             QuantTensor("g_idx", (inputs,), torch.int32, 0, required=False),
         )
 
+    def has_zeros(self) -> bool:
+        return not self._settings.sym
+
     def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Codes, ...]:
         codes = unpack(tensors["qweight"], self.form.bits, self.spec.in_features).t().contiguous()
         whole = Codes(self.form, codes, tensors["scales"].t().contiguous(), self._zeros(tensors["qzeros"]))

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from quire.plugin import LinearSpec, QuantInit, QuantLinear, QuantLinearOp, QuantMethod, QuantTensor, UnsupportedModel
+from quire.plugin import (
+    LinearSpec,
+    QuantInit,
+    QuantLinear,
+    QuantLinearOp,
+    QuantLinearSpec,
+    QuantMethod,
+    QuantTensor,
+    UnsupportedModel,
+)
 from torch import Tensor
 
 from quire_quant.codes import Codes, Form
@@ -52,6 +61,13 @@ class CodesLinear(QuantLinear):
     @abstractmethod
     def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Codes, ...]:
         """The canonical form: of the whole, or of each source if their inputs are ordered differently."""
+
+    def has_zeros(self) -> bool:
+        """Whether zero points are anything but the middle, as far as settings and headers tell."""
+        return True
+
+    def operation(self) -> QuantLinearSpec:
+        return self.form.spec(self.spec, has_zeros=self.has_zeros())
 
     def tensors(self) -> tuple[QuantTensor, ...]:
         wanted = self.stored_tensors(self.spec.out_features)

@@ -77,7 +77,7 @@ def test_what_quantize_writes_loads_in_gptqmodel(needs, method, bits, tmp_path):
 
     folder = written(method, bits, tmp_path)
     backend = BACKEND.AWQ_TORCH if (method, bits) == ("awq", 4) else BACKEND.GPTQ_TORCH
-    model = GPTQModel.load(str(folder), device="cpu", backend=backend, dtype=torch.float32)
+    model = GPTQModel.load(str(folder), device="cpu", backend=backend, dtype=torch.float16)
     assert gap(folder, model.model) < HALF
 
 
@@ -87,10 +87,10 @@ def test_compressed_tensors_are_read_as_transformers_reads_them(needs, tmp_path)
     def quantize(name, inputs, outputs):
         if name == "lm_head":
             return None
-        layer = random_layer(inputs, outputs, 4, 32, seed=len(name))
-        return compressed_tensors(layer, 4), layer.weight
+        layer = random_layer(inputs, outputs, 4, 32, sym=True, seed=len(name))
+        return compressed_tensors(layer, 4, sym=True), layer.weight
 
-    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False}
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     settings = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed"}
     settings |= {"config_groups": groups, "ignore": ["lm_head"]}

@@ -1,0 +1,202 @@
+"""Paged attention in C++: the cache is read where it lies.
+
+A query's bits depend on its position and on what it sees, not on the batch, the chunk or the number of threads, so the
+deterministic form costs nothing and there is no other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from quire.plugin import (
+    AttentionBackend,
+    AttentionBatch,
+    AttentionCaps,
+    AttentionInit,
+    AttentionLayer,
+    HeadNorm,
+    KVCaches,
+    QKVStep,
+)
+from torch import Tensor
+
+from quire_cpu_native.native import SUFFIXES, HeadsFields, LayerFields, address, native, row_major
+
+MAX_GROUP = 64
+"""Query heads of one KV head."""
+MAX_HEAD_DIM = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Addresses of the step's tables, which `batch` keeps alive, and how many of its tokens are real."""
+
+    table: int
+    table_width: int
+    starts: int
+    lengths: int
+    num_reqs: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A layer's norms in the kernel's form, and what they were made from."""
+
+    layer: AttentionLayer
+    q_norm: HeadNorm | None
+    k_norm: HeadNorm | None
+    rotary_style: str
+    fields: HeadsFields
+
+
+class NativeAttention(AttentionBackend):
+    """Scores and softmax in float32 for every dtype."""
+
+    caps = AttentionCaps(
+        device_types=frozenset({"cpu"}),
+        dtypes=frozenset(SUFFIXES),
+        features=frozenset({"causal", "sliding_window", "logit_softcap", "sinks", "v_head_dim"}),
+        deterministic=True,
+        needs_exact_host_lens=True,
+    )
+
+    def __init__(self, init: AttentionInit) -> None:
+        super().__init__(init)
+        kernels = native(torch.get_num_threads())
+        self._attend = kernels.function("attention", init.dtype)
+        self._prepare = kernels.function("prepare", init.dtype)
+        self._layers: dict[int, tuple[AttentionLayer, LayerFields, Tensor | None]] = {}
+        self._prepared: dict[int, Prepared] = {}
+
+    @classmethod
+    def supports(cls, layer: AttentionLayer, dtype: torch.dtype, device_type: str, block_size: int) -> list[str]:
+        reasons = super().supports(layer, dtype, device_type, block_size)
+        if layer.num_heads > MAX_GROUP * layer.num_kv_heads:
+            reasons.append(f"a KV head serves more than {MAX_GROUP} query heads")
+        if layer.head_dim > MAX_HEAD_DIM:
+            reasons.append(f"head size {layer.head_dim} is above {MAX_HEAD_DIM}")
+        return reasons
+
+    def prepare_qkv(self, step: QKVStep) -> tuple[Tensor, Tensor, Tensor]:
+        layer, qkv = step.layer, row_major(step.qkv)
+        if not self._can_fuse(step):
+            return super().prepare_qkv(step)
+        tokens, heads = qkv.shape[0], layer.num_heads + layer.num_kv_heads
+        turned = qkv.new_empty(tokens, heads, layer.head_dim)
+        fields = self._heads(step)
+        self._prepare(
+            ctypes.addressof(fields),
+            qkv.data_ptr(),
+            qkv.stride(0),
+            step.cos.data_ptr(),
+            step.sin.data_ptr(),
+            step.batch.slot_mapping.data_ptr(),
+            turned.data_ptr(),
+            step.kv[0].data_ptr(),
+            step.kv[1].data_ptr(),
+            tokens,
+        )
+        values = qkv[:, heads * layer.head_dim :].unflatten(1, (layer.num_kv_heads, layer.v_head_dim))
+        return turned[:, : layer.num_heads], turned[:, layer.num_heads :], values
+
+    def _can_fuse(self, step: QKVStep) -> bool:
+        dtype = step.qkv.dtype
+        plain = (step.cos, step.sin, step.batch.slot_mapping, *step.kv)
+        norms = [norm.weight for norm in (step.q_norm, step.k_norm) if norm is not None]
+        alike = all(each.dtype is dtype for each in (*step.kv, *norms)) and step.cos.dtype is torch.float32
+        return alike and all(each.is_contiguous() for each in (*plain, *norms))
+
+    def _heads(self, step: QKVStep) -> HeadsFields:
+        layer, q_norm, k_norm = step.layer, step.q_norm, step.k_norm
+        kept = self._prepared.get(layer.layer_id)
+        if (
+            kept is not None
+            and kept.layer is layer
+            and kept.q_norm is q_norm
+            and kept.k_norm is k_norm
+            and kept.rotary_style == step.rotary_style
+            and kept.fields.half == step.cos.shape[-1]
+        ):
+            return kept.fields
+        fields = HeadsFields(
+            q_weight=address(q_norm.weight if q_norm else None),
+            k_weight=address(k_norm.weight if k_norm else None),
+            num_heads=layer.num_heads,
+            num_kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            v_head_dim=layer.v_head_dim,
+            half=step.cos.shape[-1],
+            neox=int(step.rotary_style == "neox"),
+            q_eps=q_norm.eps if q_norm else 0.0,
+            k_eps=k_norm.eps if k_norm else 0.0,
+            q_offset=q_norm.weight_offset if q_norm else 0.0,
+            k_offset=k_norm.weight_offset if k_norm else 0.0,
+        )
+        self._prepared[layer.layer_id] = Prepared(layer, q_norm, k_norm, step.rotary_style, fields)
+        return fields
+
+    def plan(self, batch: AttentionBatch) -> StepPlan:
+        tables = (batch.block_table, batch.query_start_loc_host, batch.seq_lens_host)
+        assert all(table.is_contiguous() and table.dtype is torch.int32 for table in tables)
+        return StepPlan(
+            table=batch.block_table.data_ptr(),
+            table_width=batch.block_table.shape[1],
+            starts=batch.query_start_loc_host.data_ptr(),
+            lengths=batch.seq_lens_host.data_ptr(),
+            num_reqs=batch.num_reqs,
+            num_tokens=int(batch.query_start_loc_host[-1]),
+        )
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv: KVCaches,
+        batch: AttentionBatch,
+        plan: StepPlan,
+        out: Tensor,
+    ) -> None:
+        if q.stride(2) != 1 or q.stride(1) != layer.head_dim:
+            q = q.contiguous()
+        into = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+        self._attend(
+            ctypes.addressof(self._layer(layer)),
+            q.data_ptr(),
+            q.stride(0),
+            kv[0].data_ptr(),
+            kv[1].data_ptr(),
+            into.data_ptr(),
+            plan.table,
+            plan.table_width,
+            plan.starts,
+            plan.lengths,
+            plan.num_reqs,
+        )
+        if plan.num_tokens < out.shape[0]:
+            into[plan.num_tokens :].zero_()  # padding tokens must stay finite
+        if into is not out:
+            out.copy_(into)
+
+    def _layer(self, layer: AttentionLayer) -> LayerFields:
+        kept = self._layers.get(layer.layer_id)
+        if kept is not None and kept[0] is layer:
+            return kept[1]
+        sinks = None if layer.sinks is None else layer.sinks.float().contiguous()
+        fields = LayerFields(
+            num_heads=layer.num_heads,
+            num_kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            v_head_dim=layer.v_head_dim,
+            window=layer.sliding_window or 0,
+            block_size=self.init.block_size,
+            scale=layer.scale,
+            softcap=layer.logit_softcap or 0.0,
+            sinks=address(sinks),
+        )
+        self._layers[layer.layer_id] = (layer, fields, sinks)
+        return fields

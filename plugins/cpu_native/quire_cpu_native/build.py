@@ -1,0 +1,145 @@
+"""Compiles the kernels once for this machine's instructions, and keeps them in Quire's cache.
+
+The objects are plain C functions on pointers: they link neither Python nor torch, and serve every version of both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import MappingProxyType
+
+from quire.plugin import EngineError, cache_folder
+
+SOURCES = Path(__file__).parent / "csrc"
+COMPILERS = ("c++", "g++", "clang++")
+# No contraction: what is a fused multiply-add and what is not must not depend on the compiler's mood.
+COMMON = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-pthread")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "avx512bf16": (*AVX512, "-mavx512bf16", "-mavx512vnni"),
+        "avx512": AVX512,
+        "avx2": AVX2,
+        "generic": (),
+    }
+)
+"""Instruction set -> the compiler's flags, best first."""
+NEEDED: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "avx512bf16": frozenset({"avx512_bf16", "avx512_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+        "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"}),
+        "avx2": frozenset({"avx2", "fma", "f16c"}),
+        "generic": frozenset(),
+    }
+)
+"""Instruction set -> the flags of the processor that it takes, in Linux's names."""
+
+
+def missing() -> str | None:
+    """None if the kernels can run here, else the reason why not. Cheap: `quire plugins list` asks it."""
+    if sys.platform == "win32":
+        return "its kernels are built for Linux and macOS only; cpu_ref runs instead, slower"
+    compiler = find_compiler()
+    if compiler is None:
+        return "there is no C++ compiler to build its kernels with, so cpu_ref runs, slower; install g++ or clang"
+    report = _report(_target(compiler, best_isa()))
+    if report.exists():
+        return f"its kernels could not be built here, see {report}; delete that file to try again"
+    return None
+
+
+def find_compiler() -> Path | None:
+    """The system's C++ compiler."""
+    found = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    return Path(found).resolve() if found else None
+
+
+def best_isa() -> str:
+    """The best instruction set that kernels are written for and that this processor has."""
+    if platform.machine().lower() not in {"x86_64", "amd64"}:
+        return "generic"
+    return next(isa for isa, needed in NEEDED.items() if needed <= _processor_flags())
+
+
+def _processor_flags() -> frozenset[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        return frozenset()
+    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return frozenset(line.partition(":")[2].split())
+
+
+def built(isa: str | None = None, extra: Sequence[str] = ()) -> Path:
+    """The shared object for an instruction set, compiled now if it is not in the cache.
+
+    Args:
+        isa: a key of `FLAGS`; None: the best that this machine has. extra: further flags, for tests.
+
+    Raises:
+        EngineError: there is no compiler, or it failed.
+    """
+    isa, compiler = isa or best_isa(), find_compiler()
+    if compiler is None:
+        raise EngineError("cpu_native has no C++ compiler", remedy="install g++ or clang, or choose cpu_ref")
+    target = _target(compiler, isa, extra)
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sys.stderr.write(f"building the CPU kernels for {isa} with {compiler.name}, once\n")
+        _build(compiler, isa, extra, target)
+    return target
+
+
+def _target(compiler: Path, isa: str, extra: Sequence[str] = ()) -> Path:
+    """Where an object lies: named after everything that it is made from."""
+    digest = hashlib.sha256()
+    stat = compiler.stat()
+    for part in (isa, *COMMON, *FLAGS[isa], *extra, str(compiler), str(stat.st_size), str(stat.st_mtime_ns)):
+        digest.update(part.encode() + b"\0")
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return cache_folder("cpu_native") / f"{isa}-{digest.hexdigest()[:16]}.so"
+
+
+def _report(target: Path) -> Path:
+    """What the compiler said when it failed."""
+    return target.with_suffix(".failed.txt")
+
+
+def _build(compiler: Path, isa: str, extra: Sequence[str], target: Path) -> None:
+    """Compile each source beside the others, link, and move the result into place in one step."""
+    flags = [*COMMON, *FLAGS[isa], f"-DQUIRE_ISA_{isa.upper()}", *extra]
+    with tempfile.TemporaryDirectory(dir=target.parent) as name:
+        folder = Path(name)
+        sources = sorted(SOURCES.glob("*.cpp"))
+        objects = [str(folder / f"{source.stem}.o") for source in sources]
+        compiles = [
+            [str(compiler), *flags, "-c", str(source), "-o", made]
+            for source, made in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            answers = list(pool.map(_run, compiles))
+        whole = folder / target.name
+        answers.append(_run([str(compiler), *flags, "-shared", *objects, "-o", str(whole)]))
+        if not whole.exists():
+            words = "\n".join(answers).strip()
+            _report(target).write_text(words + "\n", encoding="utf-8")
+            raise EngineError(
+                f"cpu_native's kernels could not be built: {words[:500]}",
+                remedy="the next start runs without them (cpu_ref); use another compiler to have them",
+            )
+        os.replace(whole, target)  # two processes that build at once leave one whole file
+
+
+def _run(command: Sequence[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stderr

@@ -1,0 +1,83 @@
+"""Linears with their weights in codes of at most 8 bits.
+
+In float32 the codes are widened in registers, and the result is that of the weight in floats. In bfloat16 the inputs
+become whole numbers of 16 bits with a scale of their own for each row and group, and the sums are exact.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from quire.plugin import QuantLinearSpec
+from torch import Tensor
+
+from quire_cpu_native.native import PANEL, CodesFields, Native, address, row_major
+
+
+@dataclass(frozen=True, slots=True)
+class CodesState:
+    """What the kernel reads; `tensors` holds the memory that the fields point to."""
+
+    fields: CodesFields
+    tensors: tuple[Tensor, ...]
+
+
+class NativeQuantLinear:
+    """Codes of up to 4 bits take 4, others 8. Scales are held as float16 where that loses nothing."""
+
+    def __init__(self, spec: QuantLinearSpec, kernels: Native) -> None:
+        self.spec = spec
+        self._pack = kernels.function("codes_pack")
+        self._weight = kernels.function("codes_weight")
+        self._run = kernels.function("codes_linear", spec.dtype)
+
+    def pack(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> CodesState:
+        spec, bits = self.spec, 4 if self.spec.bits <= 4 else 8
+        word = 32 // bits
+        depth = spec.num_groups * -(-spec.group_size // word) * word
+        panels = -(-spec.out_features // PANEL)
+        packed = torch.empty(panels * PANEL * depth * bits // 8, dtype=torch.uint8)
+        halves = scales.half()
+        exact = bool((halves.float() == scales).all())
+        tensors = (packed, _panels(halves if exact else scales), *(() if zeros is None else (_panels(zeros),)))
+        fields = CodesFields(
+            codes=packed.data_ptr(),
+            scales=tensors[1].data_ptr(),
+            zeros=None if zeros is None else tensors[2].data_ptr(),
+            outputs=spec.out_features,
+            inputs=spec.in_features,
+            bits=bits,
+            group=spec.group_size,
+            half_scales=int(exact),
+            middle=float(1 << (spec.bits - 1)),
+        )
+        codes = codes.contiguous()
+        self._pack(ctypes.addressof(fields), codes.data_ptr(), packed.data_ptr())
+        return CodesState(fields, tensors)
+
+    def __call__(self, x: Tensor, state: CodesState, bias: Tensor | None = None) -> Tensor:
+        x = row_major(x)
+        out = x.new_empty(x.shape[0], self.spec.out_features)
+        self._run(
+            ctypes.addressof(state.fields),
+            address(bias),
+            x.data_ptr(),
+            x.stride(0),
+            out.data_ptr(),
+            x.shape[0],
+        )
+        return out
+
+    def weight(self, state: CodesState) -> Tensor:
+        out = torch.empty(self.spec.out_features, self.spec.in_features)
+        self._weight(ctypes.addressof(state.fields), out.data_ptr())
+        return out.to(self.spec.dtype)
+
+
+def _panels(values: Tensor) -> Tensor:
+    """[N, G] -> [panels, G, 64]"""
+    outputs = values.shape[0]
+    padded = torch.nn.functional.pad(values, (0, 0, 0, -outputs % PANEL))
+    return padded.view(-1, PANEL, values.shape[1]).transpose(1, 2).contiguous()

@@ -1,0 +1,169 @@
+// y = x · weightᵀ with the weight in codes: for x in bf16, as whole numbers of 16 bits.
+//
+// Each row of x is scaled by its own largest value in a span of at most 256 inputs of a group, 2^-15 of which is lost:
+// far less than x has lost already. Products and their sums are exact, whatever their order.
+#include <cmath>
+
+#include "codes.h"
+
+namespace quire {
+namespace {
+
+constexpr int64_t SPAN = 256;  // 255 · 32767 · 256 < 2^31
+
+// Which inputs of a word meet in one product: bits 0 and 16 of it, then those of the next shift.
+template <int BITS>
+constexpr int order_of(int i) {
+    constexpr int four[8] = {0, 2, 4, 6, 1, 3, 5, 7}, two[4] = {0, 2, 1, 3};
+    return BITS == 4 ? four[i] : two[i];
+}
+
+// x as whole numbers, with a scale and a sum for each span: [rows][depth], [rows][spans].
+struct Rows {
+    int16_t* values;
+    float *scales, *sums;
+    int64_t depth, spans;
+};
+
+// Spans of one group, and words of each; the last may have fewer.
+struct Spans {
+    int64_t count, words;
+    Spans(const Codes& c) {
+        words = std::min(c.padded_group(), SPAN) / c.per_word();
+        count = (c.padded_group() / c.per_word() + words - 1) / words;
+    }
+};
+
+template <int BITS>
+void round_span(const bf16* x, int64_t count, int16_t* to, int64_t padded, float& scale, float& total) {
+    float wide[SPAN], largest = 0.0f;
+    for (int64_t k = 0; k < padded; k++) {
+        wide[k] = k < count ? to_float(x[k]) : 0.0f;
+        float size = fabsf(wide[k]);
+        if (size > largest || size != size) largest = size;
+    }
+    bool usable = largest > 1e-30f && largest < INFINITY;
+    float inverse = usable ? 32767.0f / largest : 0.0f;
+    scale = usable ? largest / 32767.0f : largest;  // not a number, or infinite: so is the result
+    int64_t sum = 0;
+    constexpr int WORD = 32 / BITS;
+    for (int64_t k = 0; k < padded; k += W) {
+        int64_t left = std::min<int64_t>(W, padded - k);
+        if (usable) store_some(wide + k, round_to_even(mul(load_some(wide + k, left), set1(inverse))), left);
+    }
+    for (int64_t k = 0; k < padded; k += WORD)
+        for (int i = 0; i < WORD; i++) {
+            int16_t value = usable ? (int16_t)wide[k + order_of<BITS>(i)] : (int16_t)0;
+            to[k + i] = value, sum += value;
+        }
+    total = (float)sum;
+}
+
+template <int BITS>
+Rows round_rows(Pool& pool, const Codes& c, const bf16* x, int64_t ldx, int64_t rows) {
+    Spans spans(c);
+    Rows out{nullptr, nullptr, nullptr, c.depth(), c.groups() * spans.count};
+    out.values = (int16_t*)pool.shared((rows * out.depth + 1) / 2);
+    out.scales = pool.shared2(2 * rows * out.spans), out.sums = out.scales + rows * out.spans;
+    constexpr int64_t WORD = 32 / BITS;
+    pool.run((rows + 3) / 4, [=, &c](int64_t task, Scratch&) {
+        for (int64_t row = task * 4; row < std::min(rows, task * 4 + 4); row++)
+            for (int64_t g = 0; g < c.groups(); g++)
+                for (int64_t s = 0; s < spans.count; s++) {
+                    int64_t begin = s * spans.words * WORD, padded = std::min(spans.words * WORD, c.padded_group() - begin);
+                    int64_t input = g * c.group + begin;
+                    int64_t count = std::min(std::min(c.group - begin, c.inputs - input), padded);
+                    int64_t at = row * out.spans + g * spans.count + s;
+                    round_span<BITS>(x + row * ldx + input, count, out.values + row * out.depth + g * c.padded_group() + begin,
+                                     padded, out.scales[at], out.sums[at]);
+                }
+    });
+    return out;
+}
+
+static inline I pair_at(const int16_t* x) {
+    int32_t both;
+    memcpy(&both, x, 4);
+    return set1_int(both);
+}
+
+template <int BITS, class Scale, int MB, int NV>
+void tile(const Columns<BITS, Scale>& c, const Spans& spans, const Rows& x, int64_t row, V acc[MB][NV]) {
+    const int16_t* values = x.values + row * x.depth;
+    for (int64_t g = 0; g < c.groups; g++) {
+        V group[MB][NV] = {};
+        for (int64_t s = 0; s < spans.count; s++) {
+            I sums[MB][NV];
+            for (int m = 0; m < MB; m++)
+                for (int v = 0; v < NV; v++) sums[m][v] = zero_int();
+            for (int64_t w = s * spans.words; w < std::min(c.words, (s + 1) * spans.words); w++) {
+                const int16_t* at = values + (g * c.words + w) * c.WORD;
+                for (int v = 0; v < NV; v++) {
+                    const uint8_t* place = c.word(g, w, v);
+#if defined(__GNUC__)
+                    __builtin_prefetch(place + 4096);
+#endif
+                    I word = load_int(place);
+                    for (int i = 0; i < c.WORD / 2; i++) {
+                        I code = BITS == 4 ? field4_of16(word, 4 * i) : field8_of16(word, 8 * i);
+                        for (int m = 0; m < MB; m++)
+                            sums[m][v] = add_products(sums[m][v], code, pair_at(at + m * x.depth + 2 * i));
+                    }
+                }
+            }
+            for (int m = 0; m < MB; m++) {
+                int64_t at = (row + m) * x.spans + g * spans.count + s;
+                V scale = set1(x.scales[at]), sum = set1(x.sums[at]);
+                for (int v = 0; v < NV; v++)
+                    group[m][v] = fma(sub(to_float(sums[m][v]), mul(c.zero_of(g, v), sum)), scale, group[m][v]);
+            }
+        }
+        for (int m = 0; m < MB; m++)
+            for (int v = 0; v < NV; v++) acc[m][v] = fma(group[m][v], c.scale(g, v), acc[m][v]);
+    }
+}
+
+template <int BITS, class Scale, int MB, int NV>
+void strip(const Codes& c, int64_t panel, const Spans& spans, const Rows& x, int64_t row, bf16* out, const bf16* bias) {
+    int64_t columns = std::min<int64_t>(PANEL, c.outputs - panel * PANEL);
+    for (int first = 0; first < PANEL / W && first * W < columns; first += NV) {
+        V acc[MB][NV] = {};
+        tile<BITS, Scale, MB, NV>(Columns<BITS, Scale>(c, panel, first * W), spans, x, row, acc);
+        emit<bf16, MB, NV>(acc, out + first * W, c.outputs, columns - first * W, bias ? bias + first * W : nullptr);
+    }
+}
+
+template <int BITS, class Scale>
+void multiply(Pool& pool, const Codes& c, const bf16* bias, const bf16* x, int64_t ldx, bf16* out, int64_t rows) {
+    Rows rounded = round_rows<BITS>(pool, c, x, ldx, rows);
+    Spans spans(c);
+    int64_t parts = std::min<int64_t>(std::max<int64_t>(1, 4 * pool.threads() / c.panels()), (rows + 23) / 24);
+    int64_t step = (rows + parts - 1) / parts;
+    pool.run(c.panels() * parts, [=, &c, &spans, &rounded](int64_t task, Scratch&) {
+        int64_t panel = task / parts, row = task % parts * step, end = std::min(rows, row + step);
+        const bf16* part = bias ? bias + panel * PANEL : nullptr;
+        constexpr int FEW = W == 16 ? 4 : 2;
+        auto to = [&](int64_t r) { return out + r * c.outputs + panel * PANEL; };
+        for (; row + 4 <= end; row += 4) strip<BITS, Scale, 4, FEW>(c, panel, spans, rounded, row, to(row), part);
+        for (; row + 2 <= end; row += 2) strip<BITS, Scale, 2, 4>(c, panel, spans, rounded, row, to(row), part);
+        for (; row < end; row++) strip<BITS, Scale, 1, 4>(c, panel, spans, rounded, row, to(row), part);
+    });
+}
+
+}  // namespace
+}  // namespace quire
+
+using namespace quire;
+
+extern "C" void quire_codes_linear_bf16(Pool* pool, const void* fields, const bf16* bias, const bf16* x, int64_t ldx,
+                                        bf16* out, int64_t rows) {
+    std::lock_guard<std::mutex> hold(pool->lock());
+    const Codes& c = *(const Codes*)fields;
+    if (rows == 0) return;
+    if (c.bits == 4)
+        c.half_scales ? multiply<4, half>(*pool, c, bias, x, ldx, out, rows)
+                      : multiply<4, float>(*pool, c, bias, x, ldx, out, rows);
+    else
+        c.half_scales ? multiply<8, half>(*pool, c, bias, x, ldx, out, rows)
+                      : multiply<8, float>(*pool, c, bias, x, ldx, out, rows);
+}

@@ -1,0 +1,151 @@
+// RMS norm with residual, gated activations, and what stands between the fused projection and attention.
+#include "rows.h"
+
+#include <algorithm>
+
+#include "pool.h"
+
+namespace quire {
+namespace {
+
+constexpr int64_t SERIAL = 16384;  // elements up to which waking a thread costs more than it saves
+
+// Calls row(index) for every row, several to a task.
+template <class Row>
+void by_rows(Pool& pool, int64_t rows, int64_t size, const Row& row) {
+    int64_t step = std::max<int64_t>(1, SERIAL / std::max<int64_t>(1, size));
+    pool.run((rows + step - 1) / step, [&](int64_t task, Scratch&) {
+        for (int64_t r = task * step; r < std::min(rows, (task + 1) * step); r++) row(r);
+    });
+}
+
+template <class T>
+void add_row(const T* x, T* residual, int64_t size) {
+    int64_t i = 0;
+    for (; i + W <= size; i += W) store(residual + i, add(load(residual + i), load(x + i)));
+    for (; i < size; i++) put(residual + i, to_float(residual[i]) + to_float(x[i]));
+}
+
+template <class T>
+void rms_norm(Pool& pool, const T* x, T* residual, const T* weight, T* out, int64_t rows, int64_t size, float eps,
+              float offset) {
+    by_rows(pool, rows, size, [=](int64_t r) {
+        if (residual) add_row(x + r * size, residual + r * size, size);
+        norm_row((residual ? residual : x) + r * size, weight, out + r * size, size, eps, offset);
+    });
+}
+
+enum Activation { SILU, GELU, GELU_TANH };
+
+V activated(V x, int64_t kind) {
+    if (kind == SILU) return div(x, add(set1(1.0f), exp(sub(zero(), x))));
+    if (kind == GELU_TANH) {
+        V inner = mul(x, fma(mul(x, x), set1(0.044715f * 0.7978845608f), set1(0.7978845608f)));
+        return mul(mul(x, set1(0.5f)), add(set1(1.0f), tanh(inner)));
+    }
+    float each[W];
+    store(each, x);
+    for (float& value : each) value = 0.5f * value * (1.0f + erff(value * 0.70710678f));
+    return load(each);
+}
+
+template <class T>
+void gated_act(Pool& pool, const T* x, int64_t ldx, T* out, int64_t rows, int64_t size, int64_t kind) {
+    by_rows(pool, rows, 2 * size, [=](int64_t r) {
+        const T *gate = x + r * ldx, *up = gate + size;
+        T* to = out + r * size;
+        int64_t i = 0;
+        for (; i + W <= size; i += W) store(to + i, mul(rounded(activated(load(gate + i), kind), to), load(up + i)));
+        if (int64_t left = size - i) {
+            V value = mul(rounded(activated(load_some(gate + i, left), kind), to), load_some(up + i, left));
+            store_some(to + i, value, left);
+        }
+    });
+}
+
+// Everything that does not differ from token to token; fields as in `native.py`.
+template <class T>
+struct Heads {
+    const T *q_weight, *k_weight;  // null: no norm
+    int64_t num_heads, num_kv_heads, head_dim, v_head_dim, half, neox;
+    float q_eps, k_eps, q_offset, k_offset;
+};
+
+template <class T>
+void rotate(const float* x, T* out, const float* cos, const float* sin, int64_t half, int64_t size, bool neox) {
+    int64_t i = 0;
+    if (neox) {
+        for (; i + W <= half; i += W) {
+            V a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+            store(out + i, sub(mul(a, c), mul(b, s)));
+            store(out + half + i, add(mul(b, c), mul(a, s)));
+        }
+    }
+    for (; i < half; i++) {
+        int64_t first = neox ? i : 2 * i, second = neox ? half + i : 2 * i + 1;
+        float a = x[first], b = x[second];
+        put(out + first, a * cos[i] - b * sin[i]);
+        put(out + second, b * cos[i] + a * sin[i]);
+    }
+    for (int64_t rest = 2 * half; rest < size; rest++) put(out + rest, x[rest]);
+}
+
+template <class T>
+void one_head(const T* x, const T* weight, float eps, float offset, T* out, const float* cos, const float* sin,
+              const Heads<T>& h, float* wide) {
+    V inverse = set1(weight ? inverse_rms(x, h.head_dim, eps) : 1.0f);
+    for (int64_t i = 0; i < h.head_dim; i += W) {
+        int64_t left = std::min<int64_t>(W, h.head_dim - i);
+        V value = load_some(x + i, left);
+        if (weight) value = rounded(normed(value, inverse, load_some(weight + i, left), offset, x), x);
+        store_some(wide + i, value, left);
+    }
+    rotate(wide, out, cos, sin, h.half, h.head_dim, h.neox != 0);
+}
+
+// qkv [T, ..] -> turned [T, Hq + Hkv, D], and keys and values into their slots.
+template <class T>
+void prepare(Pool& pool, const Heads<T>& h, const T* qkv, int64_t ldx, const float* cos, const float* sin,
+             const int64_t* slots, T* turned, T* keys, T* values, int64_t tokens) {
+    int64_t heads = h.num_heads + h.num_kv_heads, width = heads * h.head_dim;
+    by_rows(pool, tokens, width, [&, heads, width](int64_t t) {
+        float wide[1024];
+        const T* x = qkv + t * ldx;
+        const float *c = cos + t * h.half, *s = sin + t * h.half;
+        for (int64_t head = 0; head < heads; head++) {
+            bool is_key = head >= h.num_heads;
+            T* out = turned + t * width + head * h.head_dim;
+            one_head(x + head * h.head_dim, is_key ? h.k_weight : h.q_weight, is_key ? h.k_eps : h.q_eps,
+                     is_key ? h.k_offset : h.q_offset, out, c, s, h, wide);
+        }
+        int64_t key_size = h.num_kv_heads * h.head_dim, value_size = h.num_kv_heads * h.v_head_dim;
+        memcpy(keys + slots[t] * key_size, turned + t * width + h.num_heads * h.head_dim, key_size * sizeof(T));
+        memcpy(values + slots[t] * value_size, x + width, value_size * sizeof(T));
+    });
+}
+
+}  // namespace
+}  // namespace quire
+
+using namespace quire;
+
+#define QUIRE_ROWS(T, NAME)                                                                                         \
+    extern "C" void quire_rms_norm_##NAME(Pool* pool, const T* x, T* residual, const T* weight, T* out, int64_t rows, \
+                                          int64_t size, float eps, float offset) {                                  \
+        std::lock_guard<std::mutex> hold(pool->lock());                                                             \
+        rms_norm(*pool, x, residual, weight, out, rows, size, eps, offset);                                         \
+    }                                                                                                               \
+    extern "C" void quire_gated_act_##NAME(Pool* pool, const T* x, int64_t ldx, T* out, int64_t rows, int64_t size, \
+                                           int64_t kind) {                                                          \
+        std::lock_guard<std::mutex> hold(pool->lock());                                                             \
+        gated_act(*pool, x, ldx, out, rows, size, kind);                                                            \
+    }                                                                                                               \
+    extern "C" void quire_prepare_##NAME(Pool* pool, const void* heads, const T* qkv, int64_t ldx, const float* cos, \
+                                         const float* sin, const int64_t* slots, T* turned, T* keys, T* values,     \
+                                         int64_t tokens) {                                                          \
+        std::lock_guard<std::mutex> hold(pool->lock());                                                             \
+        prepare(*pool, *(const Heads<T>*)heads, qkv, ldx, cos, sin, slots, turned, keys, values, tokens);           \
+    }
+
+QUIRE_ROWS(float, f32)
+QUIRE_ROWS(bf16, bf16)

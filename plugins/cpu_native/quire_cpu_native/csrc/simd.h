@@ -1,0 +1,271 @@
+// One vector of floats, `V`, of `W` lanes, and the few operations that the kernels are written in.
+// Which instructions stand behind it is decided by the macro QUIRE_ISA_*, set together with the compiler's flags.
+// No operation may be contracted or reordered by the compiler: a row's bits must not depend on its neighbours.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(QUIRE_ISA_AVX512BF16) || defined(QUIRE_ISA_AVX512)
+#define QUIRE_512 1
+#endif
+
+#if defined(QUIRE_SIMDE)  // the same intrinsics in portable C, to test paths that this machine lacks
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx2.h>
+#include <simde/x86/avx512.h>
+#include <simde/x86/fma.h>
+#elif defined(QUIRE_512) || defined(QUIRE_ISA_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace quire {
+
+using bf16 = uint16_t;
+struct half {
+    uint16_t bits;
+};
+
+static inline float to_float(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+static inline float to_float(float x) { return x; }
+
+// Of a finite half.
+static inline float to_float(half x) {
+    int exponent = x.bits >> 10 & 31;
+    float value = ldexpf((float)((x.bits & 1023) + (exponent ? 1024 : 0)), (exponent ? exponent : 1) - 25);
+    return x.bits >> 15 ? -value : value;
+}
+
+// To the nearest, ties to even; a NaN stays one.
+static inline bf16 to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+    return (bf16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+static inline void put(bf16* p, float x) { *p = to_bf16(x); }
+static inline void put(float* p, float x) { *p = x; }
+
+#if defined(QUIRE_512)
+
+using V = __m512;
+constexpr int W = 16;
+static inline V zero() { return _mm512_setzero_ps(); }
+static inline V set1(float x) { return _mm512_set1_ps(x); }
+static inline V load(const float* p) { return _mm512_loadu_ps(p); }
+static inline void store(float* p, V x) { _mm512_storeu_ps(p, x); }
+static inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+static inline V add(V a, V b) { return _mm512_add_ps(a, b); }
+static inline V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+static inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+static inline V div(V a, V b) { return _mm512_div_ps(a, b); }
+static inline V max(V a, V b) { return _mm512_max_ps(a, b); }
+static inline V min(V a, V b) { return _mm512_min_ps(a, b); }
+static inline V load(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+// Of W pairs of bf16, the first of each and the second of each.
+static inline V first_of_pairs(const bf16* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+static inline V second_of_pairs(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32((int)0xffff0000u)));
+}
+static inline void store(bf16* p, V x) {
+    __m512i bits = _mm512_castps_si512(x), one = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), one), 16);
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(up, nan, _mm512_set1_epi32(0x7fc0))));
+}
+// 2^n for whole numbers n in [-126, 127]
+static inline V power_of_two(V n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+static inline V round_to_even(V x) { return _mm512_cvtepi32_ps(_mm512_cvtps_epi32(x)); }
+using I = __m512i;
+static inline I zero_int() { return _mm512_setzero_si512(); }
+static inline I load_int(const void* p) { return _mm512_loadu_si512(p); }
+static inline I set1_int(int32_t x) { return _mm512_set1_epi32(x); }
+static inline V to_float(I x) { return _mm512_cvtepi32_ps(x); }
+// bits `shift` to `shift` + 3, or 7, of each 32 bits, as floats
+static inline V field4(I x, int shift) { return to_float(_mm512_and_si512(_mm512_srli_epi32(x, shift), set1_int(15))); }
+static inline V field8(I x, int shift) { return to_float(_mm512_and_si512(_mm512_srli_epi32(x, shift), set1_int(255))); }
+// the same of each 16 bits
+static inline I field4_of16(I x, int shift) { return _mm512_and_si512(_mm512_srli_epi16(x, shift), set1_int(0x000f000f)); }
+static inline I field8_of16(I x, int shift) { return _mm512_and_si512(_mm512_srli_epi16(x, shift), set1_int(0x00ff00ff)); }
+// c + a.first * b.first + a.second * b.second of signed halves
+static inline I add_products(I c, I a, I b) { return _mm512_add_epi32(c, _mm512_madd_epi16(a, b)); }
+static inline V load(const half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+
+#elif defined(QUIRE_ISA_AVX2)
+
+using V = __m256;
+constexpr int W = 8;
+static inline V zero() { return _mm256_setzero_ps(); }
+static inline V set1(float x) { return _mm256_set1_ps(x); }
+static inline V load(const float* p) { return _mm256_loadu_ps(p); }
+static inline void store(float* p, V x) { _mm256_storeu_ps(p, x); }
+static inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+static inline V add(V a, V b) { return _mm256_add_ps(a, b); }
+static inline V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+static inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+static inline V div(V a, V b) { return _mm256_div_ps(a, b); }
+static inline V max(V a, V b) { return _mm256_max_ps(a, b); }
+static inline V min(V a, V b) { return _mm256_min_ps(a, b); }
+static inline V load(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+static inline V first_of_pairs(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16));
+}
+static inline V second_of_pairs(const bf16* p) {
+    const __m256i mask = _mm256_set1_epi32((int)0xffff0000u);
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), mask));
+}
+static inline void store(bf16* p, V x) {
+    __m256i bits = _mm256_castps_si256(x), one = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i up = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), one), 16);
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    up = _mm256_blendv_epi8(up, _mm256_set1_epi32(0x7fc0), nan);
+    _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(up), _mm256_extracti128_si256(up, 1)));
+}
+static inline V power_of_two(V n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+static inline V round_to_even(V x) { return _mm256_cvtepi32_ps(_mm256_cvtps_epi32(x)); }
+using I = __m256i;
+static inline I zero_int() { return _mm256_setzero_si256(); }
+static inline I load_int(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+static inline I set1_int(int32_t x) { return _mm256_set1_epi32(x); }
+static inline V to_float(I x) { return _mm256_cvtepi32_ps(x); }
+static inline V field4(I x, int shift) { return to_float(_mm256_and_si256(_mm256_srli_epi32(x, shift), set1_int(15))); }
+static inline V field8(I x, int shift) { return to_float(_mm256_and_si256(_mm256_srli_epi32(x, shift), set1_int(255))); }
+static inline I field4_of16(I x, int shift) { return _mm256_and_si256(_mm256_srli_epi16(x, shift), set1_int(0x000f000f)); }
+static inline I field8_of16(I x, int shift) { return _mm256_and_si256(_mm256_srli_epi16(x, shift), set1_int(0x00ff00ff)); }
+static inline I add_products(I c, I a, I b) { return _mm256_add_epi32(c, _mm256_madd_epi16(a, b)); }
+static inline V load(const half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+
+#else  // whatever the compiler makes of arrays of eight
+
+constexpr int W = 8;
+struct V {
+    float at[W];
+};
+template <class F>
+static inline V lanes(F f) {
+    V out;
+    for (int i = 0; i < W; i++) out.at[i] = f(i);
+    return out;
+}
+static inline V zero() { return V{}; }
+static inline V set1(float x) { return lanes([=](int) { return x; }); }
+static inline V load(const float* p) { return lanes([=](int i) { return p[i]; }); }
+static inline void store(float* p, V x) { memcpy(p, x.at, sizeof x.at); }
+static inline V fma(V a, V b, V c) { return lanes([&](int i) { return a.at[i] * b.at[i] + c.at[i]; }); }
+static inline V add(V a, V b) { return lanes([&](int i) { return a.at[i] + b.at[i]; }); }
+static inline V sub(V a, V b) { return lanes([&](int i) { return a.at[i] - b.at[i]; }); }
+static inline V mul(V a, V b) { return lanes([&](int i) { return a.at[i] * b.at[i]; }); }
+static inline V div(V a, V b) { return lanes([&](int i) { return a.at[i] / b.at[i]; }); }
+static inline V max(V a, V b) { return lanes([&](int i) { return a.at[i] > b.at[i] ? a.at[i] : b.at[i]; }); }
+static inline V min(V a, V b) { return lanes([&](int i) { return a.at[i] < b.at[i] ? a.at[i] : b.at[i]; }); }
+static inline V load(const bf16* p) { return lanes([=](int i) { return to_float(p[i]); }); }
+static inline V first_of_pairs(const bf16* p) { return lanes([=](int i) { return to_float(p[2 * i]); }); }
+static inline V second_of_pairs(const bf16* p) { return lanes([=](int i) { return to_float(p[2 * i + 1]); }); }
+static inline void store(bf16* p, V x) {
+    for (int i = 0; i < W; i++) p[i] = to_bf16(x.at[i]);
+}
+static inline V power_of_two(V n) { return lanes([&](int i) { return ldexpf(1.0f, (int)n.at[i]); }); }
+static inline V round_to_even(V x) { return lanes([&](int i) { return nearbyintf(x.at[i]); }); }
+struct I {
+    uint32_t at[W];
+};
+static inline I zero_int() { return I{}; }
+static inline I load_int(const void* p) {
+    I out;
+    memcpy(out.at, p, sizeof out.at);
+    return out;
+}
+static inline I set1_int(int32_t x) {
+    I out;
+    for (uint32_t& each : out.at) each = (uint32_t)x;
+    return out;
+}
+static inline V to_float(I x) { return lanes([&](int i) { return (float)(int32_t)x.at[i]; }); }
+static inline V field4(I x, int shift) { return lanes([&](int i) { return (float)(x.at[i] >> shift & 15); }); }
+static inline V field8(I x, int shift) { return lanes([&](int i) { return (float)(x.at[i] >> shift & 255); }); }
+static inline I field4_of16(I x, int shift) {
+    for (uint32_t& each : x.at) each = each >> shift & 0x000f000f;
+    return x;
+}
+static inline I field8_of16(I x, int shift) {
+    for (uint32_t& each : x.at) each = each >> shift & 0x00ff00ff;
+    return x;
+}
+static inline I add_products(I c, I a, I b) {
+    for (int i = 0; i < W; i++)
+        c.at[i] += (uint32_t)((int16_t)a.at[i] * (int16_t)b.at[i] + (int16_t)(a.at[i] >> 16) * (int16_t)(b.at[i] >> 16));
+    return c;
+}
+static inline V load(const half* p) { return lanes([=](int i) { return to_float(p[i]); }); }
+
+#endif
+
+// n < W elements; the lanes behind them are zero.
+template <class T>
+static inline V load_some(const T* p, int64_t n) {
+    T padded[W] = {};
+    memcpy(padded, p, n * sizeof(T));
+    return load(padded);
+}
+template <class T>
+static inline void store_some(T* p, V x, int64_t n) {
+    T all[W];
+    store(all, x);
+    memcpy(p, all, n * sizeof(T));
+}
+
+// Sums in a fixed order: lanes i and i + W/2 first.
+static inline float sum(V x) {
+    float a[W];
+    store(a, x);
+    for (int half = W / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) a[i] += a[i + half];
+    return a[0];
+}
+static inline float largest(V x) {
+    float a[W];
+    store(a, x);
+    float best = a[0];
+    for (int i = 1; i < W; i++) best = a[i] > best ? a[i] : best;
+    return best;
+}
+
+// e^x to about one part in 10^7; below -87.3 a tiny number. Coefficients as in Cephes (Moshier 1992).
+static inline V exp(V x) {
+    x = max(min(x, set1(88.0f)), set1(-87.3f));
+    V n = round_to_even(mul(x, set1(1.44269504f)));
+    V r = fma(n, set1(-0.693359375f), x);
+    r = fma(n, set1(2.12194440e-4f), r);
+    V p = set1(1.9875691500e-4f);
+    p = fma(p, r, set1(1.3981999507e-3f));
+    p = fma(p, r, set1(8.3334519073e-3f));
+    p = fma(p, r, set1(4.1665795894e-2f));
+    p = fma(p, r, set1(1.6666665459e-1f));
+    p = fma(p, r, set1(5.0000001201e-1f));
+    p = fma(mul(p, r), r, add(r, set1(1.0f)));
+    return mul(p, power_of_two(n));
+}
+static inline float exp1(float x) {
+    float all[W];
+    store(all, exp(set1(x)));
+    return all[0];
+}
+static inline V tanh(V x) {
+    V e = exp(mul(x, set1(2.0f)));
+    return sub(set1(1.0f), div(set1(2.0f), add(e, set1(1.0f))));
+}
+
+}  // namespace quire

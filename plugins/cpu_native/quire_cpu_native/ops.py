@@ -1,0 +1,136 @@
+"""Operations in C++. A row's bits never depend on how many rows there are, nor on the number of threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from quire.plugin import (
+    GatedActOp,
+    GatedActSpec,
+    LinearOp,
+    LinearSpec,
+    OpInit,
+    OpSet,
+    OpSpec,
+    QuantLinearOp,
+    QuantLinearSpec,
+    RMSNormOp,
+    RMSNormSpec,
+    UnsupportedModel,
+)
+from torch import Tensor
+
+from quire_cpu_native.codes import NativeQuantLinear
+from quire_cpu_native.native import PANEL, SUFFIXES, Native, address, native, row_major
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+"""In the order of rows.cpp."""
+
+
+class NativeOps(OpSet):
+    """Linears, plain and in codes, norms and gated activations, in float32 and bfloat16."""
+
+    kinds = frozenset({"rms_norm", "gated_act", "linear", "quant_linear"})
+
+    def __init__(self, init: OpInit) -> None:
+        super().__init__(init)
+        self._native = native(torch.get_num_threads())
+
+    def why_not(self, spec: OpSpec) -> list[str]:
+        reasons = super().why_not(spec)
+        dtype = getattr(spec, "dtype", None)
+        if dtype not in SUFFIXES:
+            reasons.append(f"there are kernels for float32 and bfloat16, not for {str(dtype).removeprefix('torch.')}")
+        return reasons
+
+    def build(self, spec: OpSpec) -> RMSNormOp | GatedActOp | LinearOp | QuantLinearOp:
+        if isinstance(spec, RMSNormSpec):
+            return NativeRMSNorm(spec, self._native)
+        if isinstance(spec, GatedActSpec):
+            return NativeGatedAct(spec, self._native)
+        if isinstance(spec, LinearSpec):
+            return NativeLinear(spec, self._native)
+        if isinstance(spec, QuantLinearSpec):
+            return NativeQuantLinear(spec, self._native)
+        raise UnsupportedModel(f"operation {spec.kind!r} is not one of {sorted(self.kinds)}")
+
+
+class NativeRMSNorm:
+    """RMS norm (Zhang and Sennrich 2019) in float32. The residual is updated in place."""
+
+    def __init__(self, spec: RMSNormSpec, kernels: Native) -> None:
+        self.spec = spec
+        self._run = kernels.function("rms_norm", spec.dtype)
+
+    def __call__(self, x: Tensor, weight: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        spec, x = self.spec, x.contiguous()
+        if residual is not None:
+            residual = residual.contiguous()
+        out = torch.empty_like(x)
+        self._run(
+            x.data_ptr(),
+            address(residual),
+            weight.data_ptr(),
+            out.data_ptr(),
+            x.numel() // spec.size,
+            spec.size,
+            spec.eps,
+            spec.weight_offset,
+        )
+        return out, residual
+
+
+class NativeGatedAct:
+    """Gate and value stand side by side in one tensor."""
+
+    def __init__(self, spec: GatedActSpec, kernels: Native) -> None:
+        self.spec = spec
+        self._kind = ACTIVATIONS.index(spec.activation)
+        self._run = kernels.function("gated_act", spec.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        size, x = self.spec.size, row_major(x)
+        out = x.new_empty(x.shape[0], size)
+        self._run(x.data_ptr(), x.stride(0), out.data_ptr(), x.shape[0], size, self._kind)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class LinearState:
+    """The weight in panels, padded to whole ones, and the bias."""
+
+    packed: Tensor
+    bias: Tensor | None
+
+
+class NativeLinear:
+    """Each output is one chain of additions over the inputs in their order."""
+
+    def __init__(self, spec: LinearSpec, kernels: Native) -> None:
+        self.spec = spec
+        self._pack = kernels.function("linear_pack", spec.dtype)
+        self._run = kernels.function("linear", spec.dtype)
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> LinearState:
+        outputs, inputs = weight.shape
+        depth = inputs + inputs % 2 if self.spec.dtype is torch.bfloat16 else inputs
+        packed = weight.new_empty(-(-outputs // PANEL) * depth * PANEL)
+        weight = weight.contiguous()
+        self._pack(weight.data_ptr(), packed.data_ptr(), outputs, inputs)
+        return LinearState(packed, None if bias is None else bias.contiguous())
+
+    def __call__(self, x: Tensor, state: LinearState) -> Tensor:
+        spec, x = self.spec, row_major(x)
+        out = x.new_empty(x.shape[0], spec.out_features)
+        self._run(
+            state.packed.data_ptr(),
+            address(state.bias),
+            x.data_ptr(),
+            x.stride(0),
+            out.data_ptr(),
+            x.shape[0],
+            spec.out_features,
+            spec.in_features,
+        )
+        return out
