@@ -45,9 +45,6 @@ class CudaQuantOps(OpSet):
         super().__init__(init)
         self._gpu = gpu_of(init.device)
 
-    def graph_support(self, spec: OpSpec) -> GraphSupport:
-        return GraphSupport.ANY
-
     def why_not(self, spec: OpSpec) -> list[str]:
         reasons = super().why_not(spec)
         if not isinstance(spec, QuantLinearSpec):

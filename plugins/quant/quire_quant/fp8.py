@@ -88,8 +88,6 @@ class FP8Linear(QuantLinear):
 
     graph = GraphSupport.ANY
 
-    graph = GraphSupport.ANY
-
     def __init__(
         self, spec: LinearSpec, sources: tuple[LinearSpec, ...], init: QuantInit, block: tuple[int, int]
     ) -> None:
