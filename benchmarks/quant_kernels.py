@@ -23,7 +23,7 @@ from torch import Tensor
 
 SHAPES = {"0.6B qkv": (1024, 4096), "0.6B down": (3072, 1024), "8B o": (4096, 4096)}
 ROWS = (1, 4, 16, 128)
-COLD_BYTES = 200_000_000
+COLD_BYTES = 100_000_000
 CPU = torch.device("cpu")
 Run = Callable[[Tensor], object]
 

@@ -21,6 +21,7 @@ import triton
 from aot_check import MAX_SPILLS, SHARED_KB, TENSOR_CORE, inspect
 from quire_quant.cuda_kernels import dequantize_kernel, few_rows_kernel, more_rows_kernel
 from quire_quant.cuda_launches import BLOCK_N, Launch, launch_for
+from quire_quant.float8_kernels import quantize_rows_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -48,6 +49,7 @@ class Case:
     num_warps: int
     num_stages: int
     dtype: str = "bf16"
+    pointers: dict[str, str] = field(default_factory=lambda: POINTERS)
 
     @property
     def is_few(self) -> bool:
@@ -88,6 +90,11 @@ def cases(archs: list[int], *, quick: bool) -> Iterator[Case]:
             yield product(arch, 4, 128, launch, middle=True)
         for bits in (4, 8):
             yield Case(arch, f"dequantize {bits} bits", dequantize_kernel, weight_constants(bits, 128, "bf16"), 4, 3)
+        if arch > 89:
+            types = {"out_ptr": "fp8e4nv", "scale_ptr": "fp32"}
+            for size, warps in ((128, 1), (4096, 8), (14336, 16)):
+                block = {"SIZE": size, "BLOCK": triton.next_power_of_2(size)}
+                yield Case(arch, f"round {size} to FP8", quantize_rows_kernel, block, warps, 3, pointers=types)
 
 
 def weight_constants(bits: int, unit: int, dtype: str, *, middle: bool = False) -> dict[str, Any]:
@@ -118,7 +125,7 @@ def compiled(case: Case) -> Any:
     def kind(name: str) -> str:
         if name in case.constants:
             return "constexpr"
-        return f"*{POINTERS.get(name, case.dtype)}" if name.endswith("_ptr") else "i32"
+        return f"*{case.pointers.get(name, case.dtype)}" if name.endswith("_ptr") else "i32"
 
     source = ASTSource(
         case.kernel,
@@ -162,7 +169,7 @@ def check(case: Case) -> Found:
         found.problems.append(f"{found.shared} bytes of shared memory; {SHARED_KB[case.arch]} KB are there")
     if found.spills > MAX_SPILLS:
         found.problems.append(f"{found.spills} spill instructions")
-    if case.kernel is not dequantize_kernel:
+    if case.kernel in (few_rows_kernel, more_rows_kernel):
         judge_product(case, binary, listing, found)
     return found
 

@@ -16,6 +16,7 @@ CUDA_OPS = "tests/cuda_paged/test_cuda_ops.py"
 REMOTE = "tests/remote/test_remote_engine.py"
 QUANT_WORDS = "tests/quant_cuda/test_words.py"
 QUANT_CUDA = "tests/quant_cuda/test_kernels.py"
+QUANT_FLOAT8 = "tests/quant_cuda/test_float8.py"
 DETERMINISTIC = "tests/engine/test_deterministic.py"
 
 
@@ -43,6 +44,9 @@ ROW_KERNELS = "plugins/cuda_paged/quire_cuda_paged/row_kernels.py"
 WORDS = "plugins/quant/quire_quant/cuda_words.py"
 CODE_KERNELS = "plugins/quant/quire_quant/cuda_kernels.py"
 CODE_LAUNCHES = "plugins/quant/quire_quant/cuda_launches.py"
+FLOAT8_LINEAR = "plugins/quant/quire_quant/float8_linear.py"
+FLOAT8_KERNELS = "plugins/quant/quire_quant/float8_kernels.py"
+SCALED_MM = "plugins/quant/quire_quant/scaled_mm.py"
 CODE_LINEAR = "plugins/quant/quire_quant/cuda_linear.py"
 LEDGER = "framework/quire/remote/ledger.py"
 BUILDER = "framework/quire/engine/batch.py"
@@ -674,5 +678,61 @@ MUTANTS = (
         "and input_tiles >= 2 * split * SPLIT_TILES",
         "and input_tiles >= split",
         QUANT_WORDS,
+    ),
+    Mutant(
+        "quant: AWQ's columns in another order",
+        "plugins/quant/quire_quant/awq.py",
+        "ORDER = (0, 2, 4, 6, 1, 3, 5, 7)",
+        "ORDER = (0, 4, 1, 5, 2, 6, 3, 7)",
+        "tests/quant/test_bits.py",
+    ),
+    Mutant(
+        "quant: one float8 scale for all that is fused",
+        "plugins/quant/quire_quant/fp8.py",
+        "scale = scale.flatten().repeat_interleave(torch.tensor(self._sizes, device=device))",
+        "scale = scale.flatten().max().repeat(len(weight))",
+        "tests/quant/test_detection.py",
+    ),
+    Mutant(
+        "quant: the last rule that matches counts",
+        "plugins/quant/quire_quant/gptq.py",
+        "for rule, changes in self._rules.items():",
+        "for rule, changes in reversed(self._rules.items()):",
+        "tests/quant/test_detection.py",
+    ),
+    Mutant(
+        "quant cuda: float8 rows are not padded",
+        FLOAT8_LINEAR,
+        "pad(x, (0, 0, 0, -len(x) % ROWS))",
+        "x",
+        QUANT_FLOAT8,
+    ),
+    Mutant(
+        "quant cuda: float8 scales lie row by row",
+        FLOAT8_LINEAR,
+        "scales = scales.t() if groups > 1 else scales.view(rows, 1)",
+        "scales = scales.t().contiguous()",
+        QUANT_FLOAT8,
+    ),
+    Mutant(
+        "quant cuda: the bias of blocks is lost",
+        FLOAT8_LINEAR,
+        "product[:rows] + bias if blocks and bias is not None else product[:rows]",
+        "product[:rows]",
+        QUANT_FLOAT8,
+    ),
+    Mutant(
+        "quant cuda: float8 scales of another maximum",
+        FLOAT8_KERNELS,
+        "top / 448.0)",
+        "top / 240.0)",
+        QUANT_FLOAT8,
+    ),
+    Mutant(
+        "quant cuda: scales of blocks without whole rows of four",
+        SCALED_MM,
+        "BLOCK_ROWS * BLOCK[1]",
+        "BLOCK[1]",
+        QUANT_FLOAT8,
     ),
 )

@@ -290,5 +290,5 @@ def test_memory_is_the_model_and_one_layer_at_its_peak(tmp_path):
     )
     held, peak = (int(word) for word in answer.stdout.split())
     packed = layers * layer * (4 + 32 / 128) / 8
-    assert held < 1.1 * packed
+    assert held < 1.2 * packed
     assert peak < packed + 5 * layer

@@ -5,7 +5,8 @@ import os
 import pytest
 
 os.environ["TRITON_INTERPRET"] = "1"
-import quire_quant.cuda_linear  # noqa: F401  its kernels are decorated now
+import quire_quant.cuda_linear  # its kernels are decorated now
+import quire_quant.float8_linear  # noqa: F401
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 

@@ -21,7 +21,11 @@ def quire_providers() -> Iterable[Provider]:
         _reader("awq", "AWQMethod", "AWQ checkpoints, gemm and gemv"),
         _reader("compressed-tensors", "CompressedTensorsMethod", "weights in 1 to 8 bits, or in float8", "compressed"),
         Provider(
-            "quantization", "fp8", "quire_quant.fp8:FP8Method", api=1, summary="FP8 checkpoints, dequantized at load"
+            "quantization",
+            "fp8",
+            "quire_quant.fp8:FP8Method",
+            api=1,
+            summary="FP8 checkpoints, multiplied as they are or dequantized at load",
         ),
         Provider(
             "op",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from quire.plugin import OpInit, OpSet, OpSpec, QuantLinearSpec, UnsupportedModel
+from quire.plugin import GraphSupport, OpInit, OpSet, OpSpec, QuantLinearSpec, UnsupportedModel
 from torch import Tensor
 from torch.nn import functional
 
@@ -59,6 +59,10 @@ class CudaQuantOps(OpSet):
                 f"{SEGMENT}, or all inputs one group"
             )
         return reasons
+
+    def graph_support(self, spec: OpSpec) -> GraphSupport:
+        """Launches depend on the number of rows alone."""
+        return GraphSupport.ANY
 
     def build(self, spec: OpSpec) -> Any:
         if not isinstance(spec, QuantLinearSpec):

@@ -1,26 +1,31 @@
-"""Weights in float8 (e4m3) with a scale per tensor, per output or per block, dequantized when they are loaded.
+"""Weights in float8 (e4m3) with a scale per tensor, per output or per block.
 
-Hugging Face's form calls the block scales `weight_scale_inv`; they are multiplied by all the same. Activations
-stay in the compute dtype, which is more exact than the eight bits that such checkpoints are meant to give them.
+Hugging Face's form calls the block scales `weight_scale_inv`; they are multiplied by all the same. On a GPU that
+multiplies in FP8 they are kept as they are, and activations are rounded to FP8 with scales of their own. Elsewhere
+they are dequantized when they are loaded, and activations stay in the compute dtype, which is more exact.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from quire.plugin import LinearSpec, QuantInit, QuantLinear, QuantMethod, QuantTensor, UnsupportedModel
+from quire.plugin import GraphSupport, LinearSpec, QuantInit, QuantLinear, QuantMethod, QuantTensor, UnsupportedModel
 from torch import Tensor
 
 from quire_quant.codes import per_column
 from quire_quant.linear import SHAPES, refuse_experts
 from quire_quant.rows import multiply
+from quire_quant.scaled_mm import facts_of, why_not
+
+logger = logging.getLogger(__name__)
 
 SCALES = ("weight_scale", "weight_scale_inv")
 IGNORED = ("input_scale", "activation_scale")
-"""Scales for activations in eight bits, which are not used."""
+"""Scales for activations that were measured beforehand; those of the activations themselves are used instead."""
 BLOCK = (128, 128)
 SCALAR = ((), (1,), (1, 1))
 """Shapes of one scale for the whole tensor."""
@@ -75,7 +80,13 @@ def may_fuse_fp8(init: QuantInit, sources: tuple[LinearSpec, ...], block: tuple[
 
 
 class FP8Linear(QuantLinear):
-    """weight float8 [N, K]; its scale [], [1], [N], [N, 1] or [ceil(N / block), ceil(K / block)]."""
+    """weight float8 [N, K]; its scale [], [1], [N], [N, 1] or [ceil(N / block), ceil(K / block)].
+
+    Attributes:
+        why_dequantized: why the weight is not multiplied as it is; empty: it is.
+    """
+
+    graph = GraphSupport.ANY
 
     def __init__(
         self, spec: LinearSpec, sources: tuple[LinearSpec, ...], init: QuantInit, block: tuple[int, int]
@@ -89,24 +100,36 @@ class FP8Linear(QuantLinear):
             for name in IGNORED
             if f"{sources[0].name}.{name}" in init.stored
         )
+        one_each = self._scale_shape in (*SCALAR, *_per_output(spec))
+        self.why_dequantized = why_not(spec, None if one_each else block, facts_of(init.device))
+        if self.why_dequantized:
+            logger.debug("%s is dequantized: %s", spec.name, "; ".join(self.why_dequantized))
 
     def tensors(self) -> tuple[QuantTensor, ...]:
         size = (self.spec.out_features, self.spec.in_features)
         scale = QuantTensor(self._scale, self._scale_shape, torch.float32, 0)
         return (QuantTensor("weight", size, torch.float8_e4m3fn, 0), scale, *self._ignored)
 
-    def finalize(self, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    def finalize(self, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
         weight, scale = tensors["weight"].to(device), tensors[self._scale].to(device, torch.float32)
         if scale.numel() == len(self._sizes) and self._scale_shape in SCALAR:
             # One for each source: each of its rows takes it, so that nothing is rounded anew.
             scale = scale.flatten().repeat_interleave(torch.tensor(self._sizes, device=device))
         if scale.ndim == 1:
             scale = scale[:, None]
-        dense = torch.empty(weight.shape, dtype=self.spec.dtype, device=device)
+        if self.why_dequantized:
+            return self._dense(weight, scale)
+        from quire_quant.float8_linear import Float8Weight
+
+        return Float8Weight(weight.contiguous(), scale.contiguous())
+
+    def _dense(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """The weight that float8 [N, K] means with scales [N, 1], or by block, in the compute dtype."""
+        dense = torch.empty(weight.shape, dtype=self.spec.dtype, device=weight.device)
         step = self._block[0]
         rows_per_scale = 1 if len(scale) == len(weight) else step
         for start in range(0, len(weight), step):
-            rows = torch.arange(start, min(start + step, len(weight)), device=device)
+            rows = torch.arange(start, min(start + step, len(weight)), device=weight.device)
             factor = scale[rows // rows_per_scale]
             if factor.shape[1] > 1:
                 factor = per_column(factor, self._block[1], weight.shape[1])
@@ -114,13 +137,15 @@ class FP8Linear(QuantLinear):
         return dense
 
     def forward(self, x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
+        if not isinstance(state, Tensor):
+            product: Tensor = state(x, bias)
+            return product
         if not self.spec.deterministic:
             return torch.nn.functional.linear(x, state, bias)
         return multiply(x, self.spec.out_features, lambda a, b: state[a:b], bias, deterministic=True)
 
     def dequantize(self, state: Any) -> Tensor:
-        weight: Tensor = state
-        return weight
+        return state if isinstance(state, Tensor) else self._dense(state.weight, state.scale)
 
 
 def _scale_of(init: QuantInit, source: LinearSpec) -> tuple[str, tuple[int, ...]]:

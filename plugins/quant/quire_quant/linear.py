@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from quire.plugin import (
+    GraphSupport,
     LinearSpec,
     QuantInit,
     QuantLinear,
@@ -46,6 +47,8 @@ class CodesLinear(QuantLinear):
         spec: the layer, maybe fused. sources: the checkpoint's layers in it.
         form: bits and group of its codes. method: what it belongs to.
     """
+
+    graph = GraphSupport.ANY
 
     def __init__(self, spec: LinearSpec, sources: tuple[LinearSpec, ...], form: Form, method: CheckpointMethod) -> None:
         super().__init__(spec)

@@ -12,7 +12,16 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from quire.plugin import LinearSpec, QuantInit, QuantLinear, QuantLinearOp, QuantLinearSpec, QuantMethod, QuantTensor
+from quire.plugin import (
+    GraphSupport,
+    LinearSpec,
+    QuantInit,
+    QuantLinear,
+    QuantLinearOp,
+    QuantLinearSpec,
+    QuantMethod,
+    QuantTensor,
+)
 from torch import Tensor
 
 from quire_quant.codes import Codes, Form
@@ -77,6 +86,8 @@ class RoundedState:
 
 class RoundedLinear(QuantLinear):
     """One linear layer, rounded."""
+
+    graph = GraphSupport.ANY
 
     def __init__(self, spec: LinearSpec, form: Form, init: QuantInit) -> None:
         super().__init__(spec)
