@@ -563,7 +563,7 @@ MUTANTS = (
     Mutant(
         "kernel: keys are cached before they are turned",
         ROW_KERNELS,
-        "tl.store(k_cache_ptr + slot * k_slot + at, k.to(",
+        "tl.store(k_cache_ptr + slot * k_slot + at, _within(k, LARGEST).to(",
         "tl.store(k_cache_ptr + slot * k_slot + at, tl.load(qkv + HEADS * D + at, mask=inside, other=0.0).to(",
         CUDA,
     ),
