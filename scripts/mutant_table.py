@@ -11,6 +11,7 @@ BATCH = "tests/engine/test_batch_and_dispatch.py"
 OVERLAP = "tests/engine/test_overlapping_steps.py"
 TEXT = "tests/tokenizer"
 CUDA = "tests/cuda_paged/test_cuda_attention.py"
+CUDA_SAMPLER = "tests/cuda_paged/test_cuda_sampler.py"
 CUDA_OPS = "tests/cuda_paged/test_cuda_ops.py"
 REMOTE = "tests/remote/test_remote_engine.py"
 QUANT_WORDS = "tests/quant_cuda/test_words.py"
@@ -38,6 +39,7 @@ CONTINUOUS = "framework/quire/scheduling/continuous.py"
 SAMPLER = "framework/quire/sampling/sampler.py"
 PROCESSORS = "framework/quire/sampling/processors.py"
 KERNELS = "plugins/cuda_paged/quire_cuda_paged/kernels.py"
+SAMPLING_KERNELS = "plugins/cuda_paged/quire_cuda_paged/sampling_kernels.py"
 ROW_KERNELS = "plugins/cuda_paged/quire_cuda_paged/row_kernels.py"
 WORDS = "plugins/quant/quire_quant/cuda_words.py"
 CODE_KERNELS = "plugins/quant/quire_quant/cuda_kernels.py"
@@ -440,6 +442,83 @@ MUTANTS = (
         CUDA,
     ),
     Mutant(
+        "kernel: ALiBi counts from the wrong end",
+        KERNELS,
+        "slopes[:, None] * (key[None, :] - position[:, None])",
+        "slopes[:, None] * (position[:, None] - key[None, :])",
+        CUDA,
+    ),
+    Mutant(
+        "kernel: every head takes the first slope",
+        KERNELS,
+        "tl.load(slope_ptr + head,",
+        "tl.load(slope_ptr + head * 0,",
+        CUDA,
+    ),
+    Mutant(
+        "kernel: an 8-bit cache overflows",
+        ROW_KERNELS,
+        "x = tl.where(x > LARGEST, LARGEST, tl.where(x < -LARGEST, -LARGEST, x))",
+        "x = x * 1.0",
+        CUDA,
+    ),
+    Mutant(
+        "kernel: weights are rounded to the cache's 8 bits",
+        KERNELS,
+        "acc = tl.dot(weights.to(q.dtype), v,",
+        "acc = tl.dot(weights.to(v_row.dtype.element_ty).to(q.dtype), v,",
+        CUDA,
+    ),
+    Mutant(
+        "sampling kernel: ties with the threshold are cut off",
+        SAMPLING_KERNELS,
+        "(_key(x) >= kept) & (weights >= min_p)",
+        "((_key(x) > kept) | (kept == LOWEST_KEY)) & (weights >= min_p)",
+        CUDA_SAMPLER,
+    ),
+    Mutant(
+        "sampling kernel: the two zeros are told apart",
+        SAMPLING_KERNELS,
+        "tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)",
+        "tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)",
+        CUDA_SAMPLER,
+    ),
+    Mutant(
+        "sampling kernel: top-p takes the mass of all tokens",
+        SAMPLING_KERNELS,
+        "sums = _block_sums(logits, largest, temperature, kept, 0.0, VOCAB, BLOCK, BLOCKS)",
+        "sums = _block_sums(logits, largest, temperature, kept * 0 + LOWEST_KEY, 0.0, VOCAB, BLOCK, BLOCKS)",
+        CUDA_SAMPLER,
+    ),
+    Mutant(
+        "sampling kernel: min-p against one, not against the largest",
+        SAMPLING_KERNELS,
+        "tl.exp(x.to(tl.float64) / temperature - largest)",
+        "tl.exp(x.to(tl.float64) / temperature - largest + 0.1)",
+        CUDA_SAMPLER,
+    ),
+    Mutant(
+        "sampling kernel: the position's high word is dropped",
+        SAMPLING_KERNELS,
+        "(words >> 32).to(tl.uint32)",
+        "(words >> 63).to(tl.uint32)",
+        CUDA_SAMPLER,
+    ),
+    Mutant(
+        "sampling kernel: the draw's block starts from zero",
+        SAMPLING_KERNELS,
+        "before = tl.sum(tl.where(block == chosen - 1, ends, 0.0), 0)",
+        "before = tl.sum(tl.where(block == chosen, ends - sums, 0.0), 0) * 0.0",
+        CUDA_SAMPLER,
+    ),
+    Mutant(
+        "sampling kernel: a range shrinks past its threshold",
+        SAMPLING_KERNELS,
+        "tl.minimum(high, tl.max(most, 0).to(tl.int64) + 1)",
+        "tl.minimum(high, tl.max(most, 0).to(tl.int64))",
+        CUDA_SAMPLER,
+    ),
+    Mutant(
         "kernel: the residual is normed but not kept",
         ROW_KERNELS,
         "tl.store(at, x.to(residual_ptr.dtype.element_ty), mask=inside)",
@@ -459,6 +538,13 @@ MUTANTS = (
         "result = _rounded(active, out_ptr) * value",
         "result = _rounded(value / (1.0 + tl.exp(-value)), out_ptr) * gate",
         CUDA_OPS,
+    ),
+    Mutant(
+        "kernel: sines lie as the cosines do",
+        ROW_KERNELS,
+        "sin_ptr + token * sin_row",
+        "sin_ptr + token * cos_row",
+        "tests/cuda_paged/test_cuda_prepare.py",
     ),
     Mutant(
         "kernel: turned the wrong way",
@@ -592,6 +678,27 @@ MUTANTS = (
         "and input_tiles >= 2 * split * SPLIT_TILES",
         "and input_tiles >= split",
         QUANT_WORDS,
+    ),
+    Mutant(
+        "quant: AWQ's columns in another order",
+        "plugins/quant/quire_quant/awq.py",
+        "ORDER = (0, 2, 4, 6, 1, 3, 5, 7)",
+        "ORDER = (0, 4, 1, 5, 2, 6, 3, 7)",
+        "tests/quant/test_bits.py",
+    ),
+    Mutant(
+        "quant: one float8 scale for all that is fused",
+        "plugins/quant/quire_quant/fp8.py",
+        "scale = scale.flatten().repeat_interleave(torch.tensor(self._sizes, device=device))",
+        "scale = scale.flatten().max().repeat(len(weight))",
+        "tests/quant/test_detection.py",
+    ),
+    Mutant(
+        "quant: the last rule that matches counts",
+        "plugins/quant/quire_quant/gptq.py",
+        "for rule, changes in self._rules.items():",
+        "for rule, changes in reversed(self._rules.items()):",
+        "tests/quant/test_detection.py",
     ),
     Mutant(
         "quant cuda: float8 rows are not padded",

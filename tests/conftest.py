@@ -52,16 +52,16 @@ def interpreter(monkeypatch):
         return interpreter.TensorHandle(nearest.astype(np.uint16), tl.bfloat16)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
-    exact_narrowing = interpreter.InterpreterBuilder.create_fp_to_fp
+    exact_conversion = interpreter.InterpreterBuilder.create_fp_to_fp
 
-    def narrowed(self, source, target, mode):
-        """The same of float8."""
+    def convert(self, source, target, rounding_mode):
+        """To 8 bits it rounds halves up, and loses the carry; a GPU rounds to the nearest, to even."""
         if source.dtype.scalar != tl.float32 or target.scalar != tl.float8e4nv:
-            return exact_narrowing(self, source, target, mode)
-        nearest = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn)
-        return interpreter.TensorHandle(nearest.view(torch.uint8).numpy(), tl.float8e4nv)
+            return exact_conversion(self, source, target, rounding_mode)
+        rounded = torch.from_numpy(np.array(source.data)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return interpreter.TensorHandle(rounded, tl.float8e4nv)
 
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", narrowed)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", convert)
     patch_tensor = interpreter._patch_lang_tensor
 
     def with_index(tensor, *rest):

@@ -85,6 +85,9 @@ def attention_check(
         reasons = dict.fromkeys(
             reason for layer in layers for reason in backend.supports(layer, dtype, device_type, config.block_size)
         )
+        if config.kv_cache_dtype not in backend.caps.kv_dtypes:
+            known = sorted(backend.caps.kv_dtypes)
+            reasons[f"KV cache dtype {config.kv_cache_dtype!r} is not one of {known}"] = None
         if config.deterministic and not backend.caps.deterministic:
             reasons["it does not declare deterministic results"] = None
         return list(reasons)

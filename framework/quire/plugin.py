@@ -6,6 +6,7 @@ A plugin imports this module and `quire.testing`, nothing else of Quire. What is
 
 from quire.caching import cache_folder
 from quire.contract.attention import (
+    KV_DTYPES,
     AttentionBackend,
     AttentionBatch,
     AttentionCaps,
@@ -18,6 +19,8 @@ from quire.contract.attention import (
     TensorSpec,
     apply_rotary,
     head_norm,
+    in_cache_dtype,
+    kv_cache_dtype,
     split_qkv,
 )
 from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, HostCopy, MemoryInfo
@@ -92,6 +95,7 @@ from quire.sampling.philox import seeded_uniform
 
 __all__ = [
     "ELEMENTWISE_TILE",
+    "KV_DTYPES",
     "NULL_BLOCK",
     "POINTS",
     "Activation",
@@ -195,6 +199,8 @@ __all__ = [
     "elementwise",
     "head_norm",
     "hookimpl",
+    "in_cache_dtype",
+    "kv_cache_dtype",
     "seeded_uniform",
     "split_qkv",
 ]

@@ -11,6 +11,7 @@ import torch
 
 from quire.choices import POINT_OF_FIELD, attention_check, choose_dtype, select_device, select_model
 from quire.config import Configured, EngineConfig
+from quire.contract.attention import kv_cache_dtype
 from quire.contract.device import Device
 from quire.contract.model import ModelSpec
 from quire.errors import ConfigError, UnsupportedModel
@@ -68,14 +69,21 @@ class ResolvedConfig:
     sinks: tuple[Selection, ...]
     quantization: Selection | None
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Dtype of the KV cache's elements."""
+        return kv_cache_dtype(self.config.kv_cache_dtype, self.dtype)
+
     def to_dict(self) -> dict[str, Any]:
         """Printable values, decided ones in place of `auto`; secrets in plugins' options are masked."""
         values = self.config.model_dump(mode="json")
         decided = {name: getattr(self, name) for name in values if name in {item.name for item in fields(self)}}
         chosen = {name: self.selected[point].provider.name for name, point in POINT_OF_FIELD.items()}
+        dtype, cached = str(self.dtype).removeprefix("torch."), self.config.kv_cache_dtype
         special = {
             "model": self.checkpoint.name,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype,
+            "kv_cache_dtype": dtype if cached == AUTO else cached,
             "device": self.selected["device"].provider.name,
             "ops": dict(self.config.ops),
             "quantization": self.quantization.provider.name if self.quantization else None,

@@ -41,7 +41,7 @@ def run_python(*arguments, cwd, site=None, code=0):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
         check=False,
     )
     output = answer.stdout + answer.stderr

@@ -6,7 +6,8 @@ import pytest
 
 os.environ["TRITON_INTERPRET"] = "1"
 import quire_cuda_paged.attention
-import quire_cuda_paged.ops  # noqa: F401
+import quire_cuda_paged.ops
+import quire_cuda_paged.sampler  # noqa: F401
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 

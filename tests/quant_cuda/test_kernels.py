@@ -74,9 +74,10 @@ def test_inputs_are_split_and_summed_in_order():
     spec = QuantLinearSpec(520, 20, 4, 128, "integer", torch.float16)
     op, state, x, out = check(spec, HOPPER, 2)
     launch = Launch(True, 16, 4, 4)
-    first, again = (op._fused(x, state, None, launch, 3) for _ in range(2))
+    bias = torch.randn(20, generator=torch.Generator().manual_seed(2)).half()
+    first, again = (op._fused(x, state, bias, launch, 3) for _ in range(2))
     assert torch.equal(first, again)
-    torch.testing.assert_close(first, out, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(first, out + bias, rtol=2e-3, atol=2e-3)
     assert not state.counters.any()
 
 

@@ -108,8 +108,8 @@ def test_the_line_to_paste_works_over_a_unix_socket(uds):
 
 def test_a_busy_port_is_told_with_its_owner(tcp):
     port = url(tcp).rpartition(":")[2]
-    process = quire_serve("--port", port)
-    said = " ".join(process.communicate(timeout=60)[1].split())  # without the console's line breaks
+    with quire_serve("--port", port) as process:
+        said = " ".join(process.stderr.read().split())  # without the console's line breaks
     assert process.returncode == 5
     assert "Address already in use" in said
     assert "choose another with --port" in said

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor
 
 KVCaches = tuple[Tensor, ...]
 """The cache tensors of one layer, in the order of `AttentionBackend.kv_spec`."""
+KV_DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"fp8_e4m3": torch.float8_e4m3fn})
+"""Names of the cache dtypes that are not the compute dtype, which is called `auto`."""
 
 
 class GraphSupport(IntEnum):
@@ -52,6 +56,8 @@ class AttentionLayer:
         sliding_window: how many tokens a query sees, itself included; None: all before it.
         logit_softcap: c in c·tanh(score/c); None: no cap.
         sinks: per-head logits [Hq] that take part in the softmax's denominator; None: none.
+        alibi_slopes: float32 [Hq]; slope · (key position - query position) is added to a score, after scale and
+            softcap (Press et al. 2022); None: nothing.
     """
 
     layer_id: int
@@ -63,6 +69,7 @@ class AttentionLayer:
     sliding_window: int | None = None
     logit_softcap: float | None = None
     sinks: Tensor | None = None
+    alibi_slopes: Tensor | None = None
 
     @property
     def features(self) -> frozenset[str]:
@@ -71,6 +78,7 @@ class AttentionLayer:
             "sliding_window": self.sliding_window is not None,
             "logit_softcap": self.logit_softcap is not None,
             "sinks": self.sinks is not None,
+            "alibi": self.alibi_slopes is not None,
             "v_head_dim": self.v_head_dim != self.head_dim,
         }
         return frozenset({"causal"} | {name for name, needed in optional.items() if needed})
@@ -154,7 +162,7 @@ class AttentionCaps:
     Attributes:
         device_types: torch device types.
         dtypes: dtypes of q, k, v and out.
-        kv_dtypes: names of cache dtypes; `auto` is the compute dtype.
+        kv_dtypes: names of cache dtypes: `auto`, the compute dtype, and those of `KV_DTYPES`.
         head_dims: allowed head sizes; None: any.
         block_sizes: a block size must be a multiple of one of these.
         features: see `AttentionLayer.features`.
@@ -162,7 +170,8 @@ class AttentionCaps:
         deterministic: True if a row's result is bitwise independent of the rest of the batch, of
             chunking and of prefix hits when `AttentionInit.deterministic` is set.
         needs_exact_host_lens: True if `plan` reads the host lengths as exact.
-        kv_tolerance: largest absolute error that the cache dtype adds, for the conformance kit.
+        kv_tolerance: largest absolute error that caches which hold less than their dtype says add, for the
+            conformance kit.
     """
 
     device_types: frozenset[str]
@@ -200,6 +209,7 @@ class AttentionInit:
         max_blocks_per_req: width of the block table.
         deterministic: results must be bitwise independent of batching and chunking.
         options: the validated instance of `Provider.options`, or None.
+        kv_dtype: name of the cache's dtype, one of `AttentionCaps.kv_dtypes`.
     """
 
     device: torch.device
@@ -211,6 +221,12 @@ class AttentionInit:
     max_blocks_per_req: int
     deterministic: bool = False
     options: Any = None
+    kv_dtype: str = "auto"
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Dtype of the cache's elements."""
+        return kv_cache_dtype(self.kv_dtype, self.dtype)
 
 
 class AttentionBackend(ABC):
@@ -242,16 +258,27 @@ class AttentionBackend(ABC):
 
     @classmethod
     def kv_spec(cls, layer: AttentionLayer, block_size: int, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
-        """The layer's cache tensors, shapes per block; one block is contiguous in each."""
+        """The layer's cache tensors, shapes per block; one block is contiguous in each.
+
+        Args:
+            layer: the layer's facts. block_size: slots per block.
+            dtype: of the cache's elements: the compute dtype, or one that the caps list (`AttentionInit.cache_dtype`).
+        """
         return (
             TensorSpec("k", (block_size, layer.num_kv_heads, layer.head_dim), dtype),
             TensorSpec("v", (block_size, layer.num_kv_heads, layer.v_head_dim), dtype),
         )
 
     def write_kv(self, layer: AttentionLayer, k: Tensor, v: Tensor, kv: KVCaches, batch: AttentionBatch) -> None:
-        """Store k [T, Hkv, D] and v [T, Hkv, Dv] in the slots of `batch.slot_mapping`."""
+        """Store k [T, Hkv, D] and v [T, Hkv, Dv] in the slots of `batch.slot_mapping`.
+
+        What is beyond the range of an 8-bit cache becomes the largest number that it holds.
+        """
         for cache, value in zip(kv, (k, v), strict=True):
-            cache.view(-1, *cache.shape[2:]).index_copy_(0, batch.slot_mapping, value.to(cache.dtype))
+            stored = in_cache_dtype(value, cache.dtype)
+            if cache.dtype.itemsize == 1:  # torch indexes bytes, but no 8-bit floats
+                cache, stored = cache.view(torch.uint8), stored.view(torch.uint8)
+            cache.view(-1, *cache.shape[2:]).index_copy_(0, batch.slot_mapping, stored)
 
     def prepare_qkv(self, step: QKVStep) -> tuple[Tensor, Tensor, Tensor]:
         """Split the projection, norm, rotate, write the cache; returns q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, Dv].
@@ -311,6 +338,19 @@ class AttentionBackend(ABC):
             plan: what `plan` returned for this step.
             out: [T, Hq, Dv], preallocated, not initialised.
         """
+
+
+def kv_cache_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a cache: of a name of `KV_DTYPES`, or for `auto` the compute dtype."""
+    return dtype if name == "auto" else KV_DTYPES[name]
+
+
+def in_cache_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as a cache of this dtype holds it."""
+    if dtype.itemsize == 1:  # torch before 2.13 makes NaN of what is out of range
+        largest = torch.finfo(dtype).max
+        x = x.clamp(-largest, largest)
+    return x.to(dtype)
 
 
 def split_qkv(step: QKVStep) -> tuple[Tensor, Tensor, Tensor]:

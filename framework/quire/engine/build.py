@@ -170,6 +170,7 @@ def build_attention(config: ResolvedConfig, host: PluginHost, model: CausalLM) -
         max_blocks_per_req=-(-config.max_model_len // config.block_size),
         deterministic=config.config.deterministic,
         options=_options(config, host, choice),
+        kv_dtype=config.config.kv_cache_dtype,
     )
     backend: AttentionBackend = choice.make(init)
     somewhere = torch.zeros(1, 1, dtype=torch.int64)

@@ -153,7 +153,7 @@ class InprocExecutor(Executor):
         assert self._model is not None
         layers = sorted(self._model.attention_layers, key=lambda layer: layer.layer_id)
         backend = type(self._backend) if self._backend is not None else AttentionBackend
-        return [backend.kv_spec(layer, self._config.block_size, self._config.dtype) for layer in layers]
+        return [backend.kv_spec(layer, self._config.block_size, self._config.cache_dtype) for layer in layers]
 
     def _make_caches(self, num_blocks: int) -> tuple[KVCaches, ...]:
         device = self._device.torch_device()

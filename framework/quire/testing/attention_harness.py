@@ -38,13 +38,14 @@ class AttentionHarness:
         block_size: int,
         *,
         deterministic: bool = False,
+        kv_dtype: str = "auto",
     ) -> AttentionBackend:
         reasons = backend_class.supports(layer, dtype, self.device, block_size)
         if reasons:
             pytest.skip("; ".join(reasons))
         layers = (placed(layer, self.device),)
         init = AttentionInit(torch.device(self.device), dtype, layers, block_size, MAX_ROWS, 512, 64, deterministic)
-        backend = backend_class(replace(init, options=self.options))
+        backend = backend_class(replace(init, options=self.options, kv_dtype=kv_dtype))
         assert hasattr(backend, "init"), "`__init__` must call super().__init__(init)"
         return backend
 
@@ -55,11 +56,13 @@ class AttentionHarness:
         *,
         poison: float = float("nan"),
         deterministic: bool = False,
+        kv_dtype: str = "auto",
     ) -> Tensor:
         """Write the step's KV, attend, and check what may be written; the result on the CPU."""
         problem = placed(problem, self.device)
         batch, layer = problem.case.batch, problem.layer
-        backend = self.make(backend_class, layer, problem.q.dtype, batch.block_size, deterministic=deterministic)
+        options: Any = {"deterministic": deterministic, "kv_dtype": kv_dtype}
+        backend = self.make(backend_class, layer, problem.q.dtype, batch.block_size, **options)
         caches = problem.fill(backend, poison)
         k, v = problem.new_kv()
         before = [cache.clone() for cache in caches]
@@ -80,10 +83,12 @@ class AttentionHarness:
         assert torch.isfinite(out).all(), "the result must be finite, padding included"
         return out.cpu()
 
-    def check(self, backend_class: type[AttentionBackend], problem: Problem, **options: Any) -> Tensor:
-        """Run, and compare every row with the oracle."""
+    def check(
+        self, backend_class: type[AttentionBackend], problem: Problem, *, added: float = 0.0, **options: Any
+    ) -> Tensor:
+        """Run, and compare every row with the oracle. `added`: to the tolerances of the dtype and of the caps."""
         out = self.run(backend_class, problem, **options)
-        tolerance = self.tolerance[problem.q.dtype] + backend_class.caps.kv_tolerance
+        tolerance = self.tolerance[problem.q.dtype] + backend_class.caps.kv_tolerance + added
         backend = self.make(backend_class, problem.layer, problem.q.dtype, problem.case.batch.block_size)
         start = 0
         for count, exact in zip(problem.query_lens, problem.expected(backend), strict=True):

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quire.contract.attention import AttentionBackend
+from quire.contract.attention import KV_DTYPES, AttentionBackend
 from quire.testing.attention_harness import MAX_ROWS, AttentionHarness
-from quire.testing.attention_problems import CASES, LAYERS, TOLERANCE, Problem, make_layer
+from quire.testing.attention_problems import CASES, KV_TOLERANCE, LAYERS, TOLERANCE, Problem, make_layer
 from quire.testing.batches import make_batch
 
 LONG: tuple[tuple[Sequence[int], Sequence[int]], ...] = (
@@ -46,6 +46,26 @@ class AttentionResults(AttentionHarness):
         """
         for layer in ("gqa", "softcap"):
             self.check(backend_class, Problem.make(make_layer(layer), CASES["mixed"], dtype))
+
+    @pytest.mark.parametrize("case", ["decode", "mixed"])
+    @pytest.mark.parametrize("kv_dtype", sorted(KV_DTYPES))
+    def test_kv_dtypes(self, backend_class: type[AttentionBackend], kv_dtype: str, case: str) -> None:
+        """A declared cache dtype: exact for numbers that it holds exactly, rounded for others, without overflow.
+
+        If it fails: allocate what `kv_spec` says for `init.cache_dtype`, widen what is read to the compute dtype before
+        it is multiplied, and limit what is written to the dtype's range (`quire.plugin.in_cache_dtype` does); or take
+        the dtype out of `caps.kv_dtypes`.
+        """
+        if kv_dtype not in backend_class.caps.kv_dtypes:
+            pytest.skip(f"does not declare the cache dtype {kv_dtype!r}")
+        layer = make_layer("gqa")
+        for dtype in sorted(backend_class.caps.dtypes & set(self.tolerance), key=str):
+            exact = Problem.make(layer, CASES[case], dtype, stored=KV_DTYPES[kv_dtype])
+            self.check(backend_class, exact, kv_dtype=kv_dtype)
+        rounded = Problem.make(layer, CASES[case], torch.float32)
+        self.check(backend_class, rounded, kv_dtype=kv_dtype, added=KV_TOLERANCE[kv_dtype])
+        large = dataclasses.replace(rounded, values=[value * 1e4 for value in rounded.values])
+        self.run(backend_class, large, kv_dtype=kv_dtype)  # which checks that all is finite
 
     @pytest.mark.parametrize("block_size", [1, 3, 8, 32, 64])
     def test_block_sizes(self, backend_class: type[AttentionBackend], block_size: int) -> None:

@@ -40,7 +40,8 @@ class PagedRun:
         full = make_batch([len(p) for p in self.prompts], self.done, block_size=BLOCK_SIZE, seed=self.seed)
         self._tables, self._num_blocks = full.tables, full.num_blocks
         specs = [
-            self.backend.kv_spec(layer, BLOCK_SIZE, self.backend.init.dtype) for layer in self.model.attention_layers
+            self.backend.kv_spec(layer, BLOCK_SIZE, self.backend.init.cache_dtype)
+            for layer in self.model.attention_layers
         ]
         self._kv: tuple[KVCaches, ...] = tuple(
             tuple(torch.zeros(self._num_blocks, *spec.shape, dtype=spec.dtype) for spec in layer) for layer in specs

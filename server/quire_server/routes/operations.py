@@ -38,6 +38,8 @@ async def ready(request: Request) -> Response:
     state: ServerState = request.app.state.server
     if state.is_leaving:
         raise overloaded("the server is shutting down", seconds=5)
+    if state.admission.is_full:
+        raise overloaded("the queue is full")
     await health(request)
     return JsonResponse({"status": "ready"})
 

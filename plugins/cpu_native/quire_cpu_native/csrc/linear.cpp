@@ -43,8 +43,8 @@ const float* widen(Pool& pool, const bf16* x, int64_t& ldx, int64_t rows, int64_
 }
 
 // As many columns at once as the registers hold.
-template <class T>
-void few_rows(const T* w, const float* x, int64_t ldx, int64_t inputs, int64_t rows, T* out, int64_t ldo,
+template <class T, class X>
+void few_rows(const T* w, const X* x, int64_t ldx, int64_t inputs, int64_t rows, T* out, int64_t ldo,
               int64_t columns, const T* bias) {
     constexpr int ALL = PANEL / W;
     constexpr int HALF = W == 16 ? ALL : ALL / 2, QUARTER = W == 16 ? ALL : ALL / 4;
@@ -85,12 +85,37 @@ void many_rows(const T* w, const float* x, int64_t ldx, int64_t inputs, int64_t 
     }
 }
 
+// What tiles multiply by: floats, or pairs of bf16 where the processor has an instruction for them.
+template <class T>
+const float* operand(Pool& pool, const T* x, int64_t& ldx, int64_t rows, int64_t inputs) {
+    return widen(pool, x, ldx, rows, inputs);
+}
+#if defined(QUIRE_ISA_AVX512BF16)
+const bf16* operand(Pool& pool, const bf16* x, int64_t& ldx, int64_t rows, int64_t inputs) {
+    if (inputs % 2 == 0) return x;
+    bf16* even = (bf16*)pool.shared((rows * (inputs + 1) + 1) / 2);
+    for (int64_t row = 0; row < rows; row++) {
+        memcpy(even + row * (inputs + 1), x + row * ldx, inputs * sizeof(bf16));
+        even[row * (inputs + 1) + inputs] = 0;
+    }
+    ldx = inputs + 1;
+    return even;
+}
+// Nothing is to be widened: all rows go the same way.
+void many_rows(const bf16* w, const bf16* x, int64_t ldx, int64_t inputs, int64_t rows, bf16* out, int64_t ldo,
+               int64_t columns, const bf16* bias, Scratch&) {
+    for (int64_t row = 0; row < rows; row += FEW)
+        few_rows(w, x + row * ldx, ldx, inputs, std::min(FEW, rows - row), out + row * ldo, ldo, columns, bias);
+}
+#endif
+
 template <class T>
 void multiply(Pool& pool, const T* packed, const T* bias, const T* x, int64_t ldx, T* out, int64_t rows,
               int64_t outputs, int64_t inputs) {
     if (rows == 0) return;
-    const float* wide = widen(pool, x, ldx, rows, inputs);
+    auto wide = operand(pool, x, ldx, rows, inputs);
     int64_t panels = (outputs + PANEL - 1) / PANEL, depth = packed_inputs(inputs, sizeof(T) == 2);
+    int64_t used = sizeof(*wide) == 2 ? depth : inputs;
     // Rows are shared out as well where there are too few panels to keep every thread busy.
     int64_t parts = std::min<int64_t>(std::max<int64_t>(1, 4 * pool.threads() / panels), (rows + 23) / 24);
     int64_t step = (rows + parts - 1) / parts;
@@ -101,9 +126,9 @@ void multiply(Pool& pool, const T* packed, const T* bias, const T* x, int64_t ld
         const T* part = bias ? bias + column : nullptr;
         T* to = out + first * outputs + column;
         if (count <= FEW)
-            few_rows(w, wide + first * ldx, ldx, inputs, count, to, outputs, outputs - column, part);
+            few_rows(w, wide + first * ldx, ldx, used, count, to, outputs, outputs - column, part);
         else
-            many_rows(w, wide + first * ldx, ldx, inputs, count, to, outputs, outputs - column, part, scratch);
+            many_rows(w, wide + first * ldx, ldx, used, count, to, outputs, outputs - column, part, scratch);
     });
 }
 

@@ -97,7 +97,13 @@ static inline V field8(I x, int shift) { return to_float(_mm512_and_si512(_mm512
 static inline I field4_of16(I x, int shift) { return _mm512_and_si512(_mm512_srli_epi16(x, shift), set1_int(0x000f000f)); }
 static inline I field8_of16(I x, int shift) { return _mm512_and_si512(_mm512_srli_epi16(x, shift), set1_int(0x00ff00ff)); }
 // c + a.first * b.first + a.second * b.second of signed halves
+#if defined(QUIRE_ISA_AVX512BF16)  // which is taken together with VNNI
+static inline I add_products(I c, I a, I b) { return _mm512_dpwssd_epi32(c, a, b); }
+#elif defined(QUIRE_SIMDE)  // whose short name for it is wrong in 0.7.4
+static inline I add_products(I c, I a, I b) { return _mm512_add_epi32(c, simde_mm512_madd_epi16(a, b)); }
+#else
 static inline I add_products(I c, I a, I b) { return _mm512_add_epi32(c, _mm512_madd_epi16(a, b)); }
+#endif
 static inline V load(const half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 
 #elif defined(QUIRE_ISA_AVX2)

@@ -45,6 +45,29 @@ static inline void tile(const bf16* w, int64_t stride, const float* x, int64_t l
     }
 }
 
+#if defined(QUIRE_ISA_AVX512BF16)
+// The same with x in bf16: pairs of products are summed by one instruction. `inputs` is even.
+template <int MB, int NV>
+static inline void tile(const bf16* w, int64_t stride, const bf16* x, int64_t ldx, int64_t inputs, V acc[MB][NV]) {
+    for (int64_t k = 0; k < inputs; k += 2) {
+        const bf16* pair = w + k * stride;
+        __m512bh column[NV];
+        for (int v = 0; v < NV; v++) {
+            memcpy(&column[v], pair + 2 * v * W, sizeof column[v]);
+            if (MB <= 2) __builtin_prefetch(pair + 2 * v * W + 2048);
+        }
+        for (int m = 0; m < MB; m++) {
+            int32_t both;
+            memcpy(&both, x + m * ldx + k, 4);
+            __m512i all = _mm512_set1_epi32(both);
+            __m512bh value;
+            memcpy(&value, &all, sizeof value);
+            for (int v = 0; v < NV; v++) acc[m][v] = _mm512_dpbf16_ps(acc[m][v], column[v], value);
+        }
+    }
+}
+#endif
+
 // Columns 0 to `columns` - 1 of the tile, plus bias, to out.
 template <class T, int MB, int NV>
 static inline void emit(V acc[MB][NV], T* out, int64_t ldo, int64_t columns, const T* bias) {
@@ -59,8 +82,8 @@ static inline void emit(V acc[MB][NV], T* out, int64_t ldo, int64_t columns, con
 }
 
 // `rows` rows times the columns of one panel, tiles of MB rows at most and NV vectors.
-template <class T, class Weight, int MB, int NV>
-static inline void panel_rows(const Weight* w, int64_t stride, const float* x, int64_t ldx, int64_t inputs, int64_t rows,
+template <class T, class Weight, int MB, int NV, class X>
+static inline void panel_rows(const Weight* w, int64_t stride, const X* x, int64_t ldx, int64_t inputs, int64_t rows,
                               T* out, int64_t ldo, int64_t columns, const T* bias, int vectors) {
     constexpr int per_column = sizeof(Weight) == 2 ? 2 : 1;  // elements side by side
     for (int first = 0; first < vectors && first * W < columns; first += NV) {

@@ -1,0 +1,141 @@
+"""Building: when, where, what is said without a compiler or with one that fails; other instruction sets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from quire.plugin import EngineError
+from quire_cpu_native import build
+from quire_cpu_native.build import FLAGS, NEEDED, best_isa, built, find_compiler, missing
+
+SIMDE = Path("/usr/include/simde/x86/avx512.h")
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("QUIRE_CACHE_DIR", str(tmp_path))
+    return tmp_path / "plugins" / "cpu_native"
+
+
+def compiler(path, body):
+    """A compiler in Python, in the place of the system's."""
+    path.write_text(f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_without_a_compiler_the_reason_says_what_is_lost(monkeypatch):
+    monkeypatch.setattr(build, "COMPILERS", ("no-such-compiler",))
+    assert "cpu_ref runs, slower; install g++ or clang" in str(missing())
+    with pytest.raises(EngineError, match="no C\\+\\+ compiler"):
+        built()
+
+
+def test_an_object_is_built_once(cache, monkeypatch, tmp_path, capsys):
+    made = compiler(tmp_path / "cc", "Path(sys.argv[sys.argv.index('-o') + 1]).write_text('object')")
+    monkeypatch.setattr(build, "find_compiler", lambda: made)
+    first = built("generic")
+    assert "building the CPU kernels for generic with cc" in capsys.readouterr().err
+    assert built("generic") == first
+    assert capsys.readouterr().err == ""
+    assert [path.name for path in cache.iterdir()] == [first.name]
+    assert built("avx2") != first
+    compiler(made, "Path(sys.argv[sys.argv.index('-o') + 1]).write_text('other object')")
+    assert built("generic") != first
+
+
+def test_a_compiler_that_fails_is_reported_and_not_asked_again(cache, monkeypatch, tmp_path):
+    made = compiler(tmp_path / "cc", "sys.exit('unknown flag')")
+    monkeypatch.setattr(build, "find_compiler", lambda: made)
+    assert missing() is None
+    with pytest.raises(EngineError, match=r"could not be built: unknown flag"):
+        built()
+    assert "could not be built here" in str(missing())
+    (report,) = cache.iterdir()
+    report.unlink()
+    assert missing() is None
+
+
+def test_the_best_instructions_that_a_processor_has(monkeypatch):
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    for isa, needed in NEEDED.items():
+        monkeypatch.setattr(
+            build, "_processor_flags", lambda needed=needed: needed | (NEEDED["avx2"] if needed else needed)
+        )
+        assert best_isa() == isa
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    assert best_isa() == "generic"
+    assert set(FLAGS) == set(NEEDED)
+
+
+KIT = """
+import pytest, torch
+from quire.plugin import OpInit
+from quire.testing.attention import AttentionConformance
+from quire.testing.op import OpConformance
+from quire_cpu_native import attention, ops
+from quire_cpu_native.build import built
+from quire_cpu_native.native import Native
+
+kernels = Native(built({isa!r}, {flags!r}), 2)
+attention.native = ops.native = lambda threads: kernels
+
+
+class TestOps(OpConformance):
+    @pytest.fixture
+    def op_set(self):
+        return ops.NativeOps(self.init())
+
+
+class TestAttention(AttentionConformance):
+    @pytest.fixture
+    def backend_class(self):
+        return attention.NativeAttention
+"""
+
+
+def run_kit(folder, isa, flags, **environment):
+    file = folder / "test_kit.py"
+    file.write_text(KIT.format(isa=isa, flags=flags))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-c", os.devnull, str(file)]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_the_portable_path_passes_the_kits(tmp_path):
+    answer = run_kit(tmp_path, "generic", ())
+    assert answer.returncode == 0, answer.stdout[-3000:] + answer.stderr[-1000:]
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(not SIMDE.exists(), reason="SIMDe is not installed (Debian: libsimde-dev)")
+@pytest.mark.parametrize("isa", ["avx512", "avx512bf16"])
+def test_avx512_passes_the_kits_in_portable_c(tmp_path, isa):
+    """The same source, with every intrinsic emulated: right results, no word on speed."""
+    flags = ("-DQUIRE_SIMDE", "-w", "-mno-avx512f", "-O2")
+    answer = run_kit(tmp_path, isa, flags)
+    assert answer.returncode == 0, answer.stdout[-3000:] + answer.stderr[-1000:]
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' library is preloaded as on Linux")
+def test_sanitizers_find_nothing(tmp_path):
+    """Addresses and undefined behaviour, over both kits."""
+    compiler = str(find_compiler())
+    libraries = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1", "-fno-omit-frame-pointer")
+    environment = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+    answer = run_kit(tmp_path, best_isa(), flags, **environment)
+    assert answer.returncode == 0, answer.stdout[-3000:] + answer.stderr[-3000:]

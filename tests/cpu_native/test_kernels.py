@@ -1,0 +1,140 @@
+"""Kernels against float64 over random shapes; a row's bits alone, in a batch, and with any number of threads."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quire.plugin import GatedActSpec, LinearSpec, OpInit, QuantLinearSpec, RMSNormSpec
+from quire.testing.op import quantized
+from quire_cpu_native.build import built, missing
+from quire_cpu_native.native import Native
+from quire_cpu_native.ops import NativeOps
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+DTYPES = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+EDGES = (1, 2, 5, 6, 7, 13, 23, 24, 25, 64, 600)
+
+
+@pytest.fixture(scope="module")
+def threads():
+    """Op sets over pools of one, two and five threads."""
+
+    def with_pool(count):
+        made = NativeOps(OpInit(torch.device("cpu"), 1024))
+        made._native = Native(built(), count)
+        return made
+
+    return {count: with_pool(count) for count in (1, 2, 5)}
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def unaligned(rows, columns, dtype, generator):
+    """Rows that are apart, and start anywhere."""
+    return torch.randn(rows, columns + 5, generator=generator).to(dtype)[:, 3 : columns + 3]
+
+
+def spec_of(inputs, outputs, dtype, bits):
+    if bits is None:
+        return LinearSpec(inputs, outputs, True, dtype)
+    group = (32, 40, inputs)[inputs % 3]
+    return QuantLinearSpec(inputs, outputs, bits, group, ("middle", "integer", "real")[outputs % 3], dtype)
+
+
+def packed(op_set, spec, generator):
+    """(x -> result, the weight that it multiplies by, the bias)."""
+    bias = torch.randn(spec.out_features, generator=generator).to(spec.dtype)
+    op = op_set.build(spec)
+    if isinstance(spec, LinearSpec):
+        weight = (torch.randn(spec.out_features, spec.in_features, generator=generator) / spec.in_features**0.5).to(
+            spec.dtype
+        )
+        state = op.pack(weight, bias)
+        return (lambda x: op(x, state)), weight, bias
+    state = op.pack(*quantized(spec, generator))
+    return (lambda x: op(x, state, bias)), op.weight(state), bias
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(0, 40) | st.sampled_from(EDGES),
+    inputs=st.integers(1, 200) | st.sampled_from([512, 777]),
+    outputs=st.integers(1, 200),
+    dtype=st.sampled_from(list(DTYPES)),
+    bits=st.sampled_from([None, 4, 8, 3]),
+    count=st.sampled_from([1, 2, 5]),
+)
+def test_linears(threads, rows, inputs, outputs, dtype, bits, count):
+    spec, generator = spec_of(inputs, outputs, dtype, bits), seeded(rows)
+    run, weight, bias = packed(threads[count], spec, generator)
+    x = unaligned(rows, inputs, dtype, generator)
+    ours, exact = run(x), x.double() @ weight.double().T + bias.double()
+    torch.testing.assert_close(ours.double(), exact, atol=DTYPES[dtype], rtol=DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(threads, bits, dtype):
+    spec = spec_of(512 if bits else 511, 333, dtype, bits)
+    runs = [packed(threads[count], spec, seeded(0))[0] for count in (1, 2, 5)]
+    x = torch.randn(600, spec.in_features, generator=seeded(1)).to(dtype)
+    whole = runs[0](x)
+    for run in runs:
+        for first, last in ((0, 600), *((17, 17 + count) for count in (1, 2, 3, 4, 5, 6, 7, 30, 97))):
+            assert torch.equal(run(x[first:last].clone()), whole[first:last]), (first, last)
+
+
+def test_many_calls_from_many_threads_at_once(threads):
+    """The pool belongs to one call at a time; sleepers wake, and no task is lost or done twice."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    run, _, _ = packed(threads[5], LinearSpec(64, 640, True, torch.float32), seeded(0))
+    x = torch.randn(3, 64, generator=seeded(1))
+    wanted = run(x)
+    with ThreadPoolExecutor(4) as callers:
+        assert all(torch.equal(found, wanted) for found in callers.map(lambda _: run(x), range(400)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(0, 40),
+    size=st.integers(1, 300),
+    dtype=st.sampled_from(list(DTYPES)),
+    offset=st.sampled_from([0.0, 1.0]),
+    activation=st.sampled_from(["silu", "gelu", "gelu_tanh"]),
+)
+def test_rows(threads, rows, size, dtype, offset, activation):
+    generator, tolerance = seeded(size), DTYPES[dtype]
+    x, residual = (torch.randn(rows, size, generator=generator).to(dtype) for _ in range(2))
+    weight, total = torch.rand(size, generator=generator).to(dtype), x + residual
+    norm = threads[2].build(RMSNormSpec(size, 1e-6, dtype, offset))
+    normed, kept = norm(x, weight, residual.clone())
+    wide = total.double()
+    exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (weight.double() + offset)
+    torch.testing.assert_close(normed.double(), exact, atol=tolerance, rtol=tolerance)
+    assert torch.equal(kept, total)
+    both = unaligned(rows, 2 * size, dtype, generator) * 4
+    gate, up = both.double().chunk(2, -1)
+    functional = torch.nn.functional
+    activated = (
+        functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate=activation[5:] or "none")
+    )
+    ours = threads[2].build(GatedActSpec(size, activation, dtype))(both)
+    torch.testing.assert_close(ours.double(), activated * up, atol=tolerance, rtol=tolerance)
+
+
+def test_values_that_are_no_numbers_stay_so(threads):
+    for dtype in DTYPES:
+        run, _, _ = packed(threads[1], spec_of(96, 70, dtype, 4), seeded(0))
+        x = torch.ones(3, 96, dtype=dtype)
+        x[1, 5] = float("nan")
+        found = run(x).isnan()
+        assert found[1].all()
+        assert not found[::2].any()
+
+
+def test_other_dtypes_are_left_to_others():
+    op_set = NativeOps(OpInit(torch.device("cpu"), 16))
+    assert "not for float16" in op_set.why_not(LinearSpec(8, 8, False, torch.float16))[0]
