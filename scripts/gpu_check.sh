@@ -27,7 +27,7 @@ engine() { echo python benchmarks/gpu_engine.py --shape "$1" --json "$out/$2.jso
 run machine 10 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
 run versions 20 python -c 'import torch, triton, transformers; print(torch.__version__, triton.__version__, transformers.__version__)'
 run engine_small 75 $(engine qwen3-0.6b engine_small)
-run tests 100 python -m pytest -m gpu tests/gpu -o addopts=--import-mode=importlib -q
+run tests 100 python -m pytest -m gpu tests/gpu/test_engine_on_gpu.py tests/gpu -o addopts=--import-mode=importlib -q
 run kernels 50 python benchmarks/cuda_attention.py --json "$out/kernels.json"
 run engine_qwen 50 $(engine qwen3-8b engine_qwen)
 run engine_llama 50 $(engine llama-3.1-8b engine_llama)
