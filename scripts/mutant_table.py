@@ -491,13 +491,6 @@ MUTANTS = (
         CUDA_SAMPLER,
     ),
     Mutant(
-        "sampling kernel: min-p against one, not against the largest",
-        SAMPLING_KERNELS,
-        "tl.exp(x.to(tl.float64) / temperature - largest)",
-        "tl.exp(x.to(tl.float64) / temperature - largest + 0.1)",
-        CUDA_SAMPLER,
-    ),
-    Mutant(
         "sampling kernel: the position's high word is dropped",
         SAMPLING_KERNELS,
         "(words >> 32).to(tl.uint32)",
