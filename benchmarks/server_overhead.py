@@ -5,7 +5,8 @@
 Both ways run in turn, each over an engine in a child process (`quire serve`'s default) on the bundled model.
 The clients of the HTTP streams run in a process of their own, as they would; they share the machine's cores
 with server and engine, so that on few cores the ratio holds the clients' work too. What counts is the ratio
-of medians.
+of medians. Beside the time that passes stands the processor time of server and engine alone, without the
+clients: it can be measured on a machine that is busy otherwise.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from quire import AsyncLLM, SamplingParams
 
 OPTIONS: dict[str, Any] = {"max_num_seqs": 64, "num_kv_blocks": 1200, "process": True}
@@ -29,6 +31,12 @@ OPTIONS: dict[str, Any] = {"max_num_seqs": 64, "num_kv_blocks": 1200, "process":
 def prompt(index: int) -> str:
     """A prompt that shares nothing with others."""
     return f"{index}: tell me about it"
+
+
+def busy(llm: AsyncLLM) -> float:
+    """Seconds of processor time that this process and the engine's have taken."""
+    child = psutil.Process(llm.engine.process_id).cpu_times()
+    return time.process_time() + child.user + child.system
 
 
 async def direct(llm: AsyncLLM, streams: int, tokens: int) -> float:
@@ -100,10 +108,12 @@ def main() -> None:
     assert client.stdout is not None
     alone, served = [], []
     for round_ in range(given.rounds + 1):
+        began = busy(llm)
         client.stdin.write("go\n")
         client.stdin.flush()
-        over_http = float(client.stdout.readline())
-        without = asyncio.run(direct(llm, given.streams, given.tokens))
+        over_http = float(client.stdout.readline()), busy(llm) - began
+        began = busy(llm)
+        without = asyncio.run(direct(llm, given.streams, given.tokens)), busy(llm) - began
         if round_:  # the first one warms up
             alone.append(without)
             served.append(over_http)
@@ -113,13 +123,13 @@ def main() -> None:
     thread.join()
     llm.shutdown()
     tokens = given.streams * given.tokens
-    figures = {
-        "engine us/token": statistics.median(alone) / tokens * 1e6,
-        "server us/token": statistics.median(served) / tokens * 1e6,
-    }
-    figures["ratio"] = figures["server us/token"] / figures["engine us/token"]
+    figures = {}
+    for index, kind in enumerate(("", "busy ")):
+        engine, server = (statistics.median(times[index] for times in way) / tokens * 1e6 for way in (alone, served))
+        figures |= {f"{kind}engine us/token": engine, f"{kind}server us/token": server}
+        figures[f"{kind}ratio"] = server / engine
     for name, value in figures.items():
-        print(f"{name:20}{value:10.2f}")
+        print(f"{name:24}{value:10.2f}")
     if given.json is not None:
         given.json.write_text(json.dumps(figures, indent=1))
 

@@ -8,10 +8,15 @@ KV = "tests/kv"
 SCHEDULING = "tests/scheduling"
 SAMPLING = "tests/sampling"
 BATCH = "tests/engine/test_batch_and_dispatch.py"
+OVERLAP = "tests/engine/test_overlapping_steps.py"
 TEXT = "tests/tokenizer"
 CUDA = "tests/cuda_paged/test_cuda_attention.py"
+CUDA_SAMPLER = "tests/cuda_paged/test_cuda_sampler.py"
 CUDA_OPS = "tests/cuda_paged/test_cuda_ops.py"
 REMOTE = "tests/remote/test_remote_engine.py"
+QUANT_WORDS = "tests/quant_cuda/test_words.py"
+QUANT_CUDA = "tests/quant_cuda/test_kernels.py"
+QUANT_FLOAT8 = "tests/quant_cuda/test_float8.py"
 DETERMINISTIC = "tests/engine/test_deterministic.py"
 
 
@@ -34,9 +39,20 @@ CONTINUOUS = "framework/quire/scheduling/continuous.py"
 SAMPLER = "framework/quire/sampling/sampler.py"
 PROCESSORS = "framework/quire/sampling/processors.py"
 KERNELS = "plugins/cuda_paged/quire_cuda_paged/kernels.py"
+SAMPLING_KERNELS = "plugins/cuda_paged/quire_cuda_paged/sampling_kernels.py"
 ROW_KERNELS = "plugins/cuda_paged/quire_cuda_paged/row_kernels.py"
+WORDS = "plugins/quant/quire_quant/cuda_words.py"
+CODE_KERNELS = "plugins/quant/quire_quant/cuda_kernels.py"
+CODE_LAUNCHES = "plugins/quant/quire_quant/cuda_launches.py"
+FLOAT8_LINEAR = "plugins/quant/quire_quant/float8_linear.py"
+FLOAT8_KERNELS = "plugins/quant/quire_quant/float8_kernels.py"
+SCALED_MM = "plugins/quant/quire_quant/scaled_mm.py"
+CODE_LINEAR = "plugins/quant/quire_quant/cuda_linear.py"
 LEDGER = "framework/quire/remote/ledger.py"
 BUILDER = "framework/quire/engine/batch.py"
+ROWS = "framework/quire/engine/rows.py"
+RUNNER = "framework/quire/engine/runner.py"
+STAGING = "framework/quire/engine/staging.py"
 DETOKENIZER = "framework/quire/tokenizer/detokenizer.py"
 
 CSRC = "plugins/cpu_native/quire_cpu_native/csrc"
@@ -253,8 +269,8 @@ MUTANTS = (
     Mutant(
         "log probabilities: rank off by one",
         "framework/quire/sampling/logprobs.py",
-        "rank = int((logprobs > chosen).sum()) + 1",
-        "rank = int((logprobs > chosen).sum())",
+        "rank = (logprobs > chosen).sum() + 1",
+        "rank = (logprobs > chosen).sum()",
         SAMPLING,
     ),
     Mutant(
@@ -274,12 +290,69 @@ MUTANTS = (
     Mutant(
         "batch: padding rows have a length",
         BUILDER,
-        "self._seq_lens.array[num_reqs:padded_reqs] = 0",
-        "self._seq_lens.array[num_reqs:padded_reqs] = 1",
+        "seq_lens.array[num_reqs:] = 0",
+        "seq_lens.array[num_reqs:] = 1",
         BATCH,
     ),
     Mutant(
         "batch: first row sampled instead of last", BUILDER, "starts[1:][samples] - 1", "starts[:-1][samples]", BATCH
+    ),
+    Mutant(
+        "overlap: end token kept and another one after it",
+        CONTINUOUS,
+        "            if request.is_finished:\n                self._let_go(request)\n            else:\n                updates",
+        "            if request.is_finished:\n                self._let_go(request)\n            if True:\n                updates",
+        OVERLAP,
+    ),
+    Mutant(
+        "overlap: pending token counted twice",
+        CONTINUOUS,
+        "        request.num_pending_tokens -= row.samples\n",
+        "",
+        OVERLAP,
+    ),
+    Mutant(
+        "overlap: blocks preempted while a step in flight uses them",
+        CONTINUOUS,
+        "if not self._outstanding[request.request_id] and request.request_id not in round_.rows",
+        "if request.request_id not in round_.rows",
+        OVERLAP,
+    ),
+    Mutant(
+        "overlap: a followed request does not wait for its token",
+        CONTINUOUS,
+        "if request.num_pending_tokens and request.request_id in self._unhurried:",
+        "if False:",
+        OVERLAP,
+    ),
+    Mutant("overlap: one buffer for all steps", STAGING, "IN_FLIGHT = 2", "IN_FLIGHT = 1", BATCH),
+    Mutant(
+        "overlap: a step that brings nothing is not waited for",
+        RUNNER,
+        "copy = self._parts.device.copy_to_host(tensors)",
+        "copy = self._parts.device.copy_to_host(tensors) if tensors else HostCopy(())",
+        OVERLAP,
+    ),
+    Mutant(
+        "overlap: the token is not kept for the next step",
+        RUNNER,
+        "        self._rows.store(sampling.places, result.token_ids)\n",
+        "",
+        OVERLAP,
+    ),
+    Mutant(
+        "overlap: the next step is built on one that failed",
+        "framework/quire/engine/engine.py",
+        "len(self._flying) >= self._depth or future.done()",
+        "len(self._flying) >= self._depth",
+        OVERLAP,
+    ),
+    Mutant(
+        "rows: a slot keeps its last request's blocks",
+        ROWS,
+        "            self.block_table.index_fill_(0, deltas.cleared, 0)\n",
+        "            pass\n",
+        BATCH,
     ),
     Mutant("text: stop string shown", DETOKENIZER, "keep = self._longest_start(whole)", "keep = 0", TEXT),
     Mutant(
@@ -428,6 +501,83 @@ MUTANTS = (
         CUDA,
     ),
     Mutant(
+        "kernel: ALiBi counts from the wrong end",
+        KERNELS,
+        "slopes[:, None] * (key[None, :] - position[:, None])",
+        "slopes[:, None] * (position[:, None] - key[None, :])",
+        CUDA,
+    ),
+    Mutant(
+        "kernel: every head takes the first slope",
+        KERNELS,
+        "tl.load(slope_ptr + head,",
+        "tl.load(slope_ptr + head * 0,",
+        CUDA,
+    ),
+    Mutant(
+        "kernel: an 8-bit cache overflows",
+        ROW_KERNELS,
+        "x = tl.where(x > LARGEST, LARGEST, tl.where(x < -LARGEST, -LARGEST, x))",
+        "x = x * 1.0",
+        CUDA,
+    ),
+    Mutant(
+        "kernel: weights are rounded to the cache's 8 bits",
+        KERNELS,
+        "acc = tl.dot(weights.to(q.dtype), v,",
+        "acc = tl.dot(weights.to(v_row.dtype.element_ty).to(q.dtype), v,",
+        CUDA,
+    ),
+    Mutant(
+        "sampling kernel: ties with the threshold are cut off",
+        SAMPLING_KERNELS,
+        "(_key(x) >= kept) & (weights >= min_p)",
+        "((_key(x) > kept) | (kept == LOWEST_KEY)) & (weights >= min_p)",
+        CUDA_SAMPLER,
+    ),
+    Mutant(
+        "sampling kernel: the two zeros are told apart",
+        SAMPLING_KERNELS,
+        "tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)",
+        "tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)",
+        CUDA_SAMPLER,
+    ),
+    Mutant(
+        "sampling kernel: top-p takes the mass of all tokens",
+        SAMPLING_KERNELS,
+        "sums = _block_sums(logits, largest, temperature, kept, 0.0, VOCAB, BLOCK, BLOCKS)",
+        "sums = _block_sums(logits, largest, temperature, kept * 0 + LOWEST_KEY, 0.0, VOCAB, BLOCK, BLOCKS)",
+        CUDA_SAMPLER,
+    ),
+    Mutant(
+        "sampling kernel: min-p against one, not against the largest",
+        SAMPLING_KERNELS,
+        "tl.exp(x.to(tl.float64) / temperature - largest)",
+        "tl.exp(x.to(tl.float64) / temperature - largest + 0.1)",
+        CUDA_SAMPLER,
+    ),
+    Mutant(
+        "sampling kernel: the position's high word is dropped",
+        SAMPLING_KERNELS,
+        "(words >> 32).to(tl.uint32)",
+        "(words >> 63).to(tl.uint32)",
+        CUDA_SAMPLER,
+    ),
+    Mutant(
+        "sampling kernel: the draw's block starts from zero",
+        SAMPLING_KERNELS,
+        "before = tl.sum(tl.where(block == chosen - 1, ends, 0.0), 0)",
+        "before = tl.sum(tl.where(block == chosen, ends - sums, 0.0), 0) * 0.0",
+        CUDA_SAMPLER,
+    ),
+    Mutant(
+        "sampling kernel: a range shrinks past its threshold",
+        SAMPLING_KERNELS,
+        "tl.minimum(high, tl.max(most, 0).to(tl.int64) + 1)",
+        "tl.minimum(high, tl.max(most, 0).to(tl.int64))",
+        CUDA_SAMPLER,
+    ),
+    Mutant(
         "kernel: the residual is normed but not kept",
         ROW_KERNELS,
         "tl.store(at, x.to(residual_ptr.dtype.element_ty), mask=inside)",
@@ -449,6 +599,13 @@ MUTANTS = (
         CUDA_OPS,
     ),
     Mutant(
+        "kernel: sines lie as the cosines do",
+        ROW_KERNELS,
+        "sin_ptr + token * sin_row",
+        "sin_ptr + token * cos_row",
+        "tests/cuda_paged/test_cuda_prepare.py",
+    ),
+    Mutant(
         "kernel: turned the wrong way",
         ROW_KERNELS,
         "tl.where(first[None, :], -y, y)",
@@ -468,5 +625,173 @@ MUTANTS = (
         "tl.store(k_cache_ptr + slot * k_slot + at, k.to(",
         "tl.store(k_cache_ptr + slot * k_slot + at, tl.load(qkv + HEADS * D + at, mask=inside, other=0.0).to(",
         CUDA,
+    ),
+    Mutant(
+        "quant cuda: nibbles in the order of inputs",
+        WORDS,
+        "4 * (segment + 4 * half)",
+        "4 * (2 * segment + half)",
+        QUANT_WORDS,
+    ),
+    Mutant(
+        "quant cuda: scales of the wrong group",
+        WORDS,
+        "first // group_size",
+        "first // unit",
+        QUANT_WORDS,
+    ),
+    Mutant(
+        "quant cuda: a unit that a group ends within",
+        WORDS,
+        "if group_size % unit == 0",
+        "if group_size >= unit",
+        QUANT_WORDS,
+    ),
+    Mutant(
+        "quant cuda: scales cut to float16",
+        WORDS,
+        "if torch.equal(scales.to(dtype).to(scales.dtype), scales):",
+        "if True:",
+        QUANT_WORDS,
+    ),
+    Mutant(
+        "quant cuda: halves taken from the wrong bits",
+        CODE_KERNELS,
+        "(((shifted >> 16) & 0xF) | bits)",
+        "(((shifted >> 4) & 0xF) | bits)",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: lop3 with another table",
+        CODE_KERNELS,
+        "0x43004300, 0xEA",
+        "0x43004300, 0xE8",
+        QUANT_WORDS,
+    ),
+    Mutant(
+        "quant cuda: the offset stays in the sums",
+        CODE_KERNELS,
+        "(part - sums * zero[None, :])",
+        "(part - sums * (zero - OFFSET)[None, :])",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: inputs beyond the last are read",
+        CODE_KERNELS,
+        "ok = ok & (k < inputs)[None, :]",
+        "ok = ok",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: the first to arrive adds",
+        CODE_KERNELS,
+        'sem="acq_rel") == SPLIT - 1',
+        'sem="acq_rel") == 0',
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: counters are left as they are",
+        CODE_KERNELS,
+        "            tl.store(count_ptr + counter, 0)\n",
+        "",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: the bias is lost when inputs are split",
+        CODE_KERNELS,
+        "(total + bias).to(",
+        "total.to(",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: wide products take the wrong inputs",
+        CODE_KERNELS,
+        "m, k - 32, rows",
+        "m, k, rows",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: halves before segments",
+        CODE_KERNELS,
+        "both.permute(0, 3, 2, 1)",
+        "both.permute(0, 2, 3, 1)",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: the deterministic split depends on the rows",
+        CODE_LINEAR,
+        "split = self._split(launch, MIN_BLOCK_M, state.words)",
+        "split = self._split(launch, len(x), state.words)",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: every part is the first",
+        CODE_LINEAR,
+        "self._dequantized(words, start, end)",
+        "self._dequantized(words, 0, end - start)",
+        QUANT_CUDA,
+    ),
+    Mutant(
+        "quant cuda: splits without work",
+        CODE_LAUNCHES,
+        "and input_tiles >= 2 * split * SPLIT_TILES",
+        "and input_tiles >= split",
+        QUANT_WORDS,
+    ),
+    Mutant(
+        "quant: AWQ's columns in another order",
+        "plugins/quant/quire_quant/awq.py",
+        "ORDER = (0, 2, 4, 6, 1, 3, 5, 7)",
+        "ORDER = (0, 4, 1, 5, 2, 6, 3, 7)",
+        "tests/quant/test_bits.py",
+    ),
+    Mutant(
+        "quant: one float8 scale for all that is fused",
+        "plugins/quant/quire_quant/fp8.py",
+        "scale = scale.flatten().repeat_interleave(torch.tensor(self._sizes, device=device))",
+        "scale = scale.flatten().max().repeat(len(weight))",
+        "tests/quant/test_detection.py",
+    ),
+    Mutant(
+        "quant: the last rule that matches counts",
+        "plugins/quant/quire_quant/gptq.py",
+        "for rule, changes in self._rules.items():",
+        "for rule, changes in reversed(self._rules.items()):",
+        "tests/quant/test_detection.py",
+    ),
+    Mutant(
+        "quant cuda: float8 rows are not padded",
+        FLOAT8_LINEAR,
+        "pad(x, (0, 0, 0, -len(x) % ROWS))",
+        "x",
+        QUANT_FLOAT8,
+    ),
+    Mutant(
+        "quant cuda: float8 scales lie row by row",
+        FLOAT8_LINEAR,
+        "scales = scales.t() if groups > 1 else scales.view(rows, 1)",
+        "scales = scales.t().contiguous()",
+        QUANT_FLOAT8,
+    ),
+    Mutant(
+        "quant cuda: the bias of blocks is lost",
+        FLOAT8_LINEAR,
+        "product[:rows] + bias if blocks and bias is not None else product[:rows]",
+        "product[:rows]",
+        QUANT_FLOAT8,
+    ),
+    Mutant(
+        "quant cuda: float8 scales of another maximum",
+        FLOAT8_KERNELS,
+        "top / 448.0)",
+        "top / 240.0)",
+        QUANT_FLOAT8,
+    ),
+    Mutant(
+        "quant cuda: scales of blocks without whole rows of four",
+        SCALED_MM,
+        "BLOCK_ROWS * BLOCK[1]",
+        "BLOCK[1]",
+        QUANT_FLOAT8,
     ),
 )

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import enum
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,7 +81,7 @@ def _methods(cls: type, fields: set[str]) -> Iterator[str]:
     names = [name for name in vars(cls) if not name.startswith(("_", "model_")) and name not in fields]
     for name in (["__init__"] if own_init else []) + sorted(names):
         member = inspect.getattr_static(cls, name)
-        function = getattr(member, "__func__", member)
+        function = function_of(member)
         mark = "abstract " if getattr(function, "__isabstractmethod__", False) else ""
         if isinstance(member, property):
             yield f"{mark}property {name}{_signature(member.fget)}"
@@ -87,6 +89,11 @@ def _methods(cls: type, fields: set[str]) -> Iterator[str]:
             kind = type(member).__name__ + " " if isinstance(member, (classmethod, staticmethod)) else ""
             kind += "async " if inspect.iscoroutinefunction(function) else ""
             yield f"{mark}{kind}def {name}{_signature(function)}"
+
+
+def function_of(member: Any) -> Any:
+    """What a class or static method wraps, or the member itself."""
+    return getattr(member, "__func__", member)
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
@@ -112,6 +119,49 @@ def _signature(function: Any) -> str:
     return str(
         signature.replace(parameters=parameters, return_annotation=returns if returns is empty else _Text(str(returns)))
     )
+
+
+BREAKING = """A line that is gone or changed, a new field without a default and a new abstract method break plugins that
+are out there: raise `current` of the extension point in framework/quire/contract/provider.py and give it an adapter
+for the version before (docs/plugins/compatibility.md). A field with a default or an optional method only adds."""
+MEND = "If it is meant: say it in CHANGELOG.md, then run `python scripts/public_api.py --update`."
+
+
+def difference(written: str, now: str) -> str:
+    """What changed, name by name, for people to read; empty if nothing did."""
+    before, after = _by_name(written), _by_name(now)
+    parts = []
+    for name in sorted({*before, *after}):
+        old, new = before.get(name, []), after.get(name, [])
+        if old != new:
+            lines = [line for line in difflib.ndiff(old, new) if line[0] in "+-"]
+            state = "is new" if not old else "is gone" if not new else "changed"
+            parts.append("\n".join([f"{name} {state}:", *(f"  {line}" for line in lines)]))
+    if not parts:
+        return ""
+    breaks = any(_breaks(line.strip()) for part in parts for line in part.splitlines()[1:])
+    return "\n\n".join(["The public API is not as written down.", *parts, *([BREAKING] if breaks else []), MEND])
+
+
+def _by_name(text: str) -> dict[str, list[str]]:
+    """`module: name` -> its lines, the heading first."""
+    found: dict[str, list[str]] = {}
+    for block in text.split("\n\n"):
+        lines = block.strip().splitlines()
+        if lines and lines[0].startswith("# "):
+            module = lines[0].removeprefix("# ")
+        elif lines:
+            found[f"{module}: {re.split(r'[(:]', lines[0].removeprefix('class ').removeprefix('def '))[0]}"] = lines
+    return found
+
+
+def _breaks(line: str) -> bool:
+    """Whether a line of the difference takes something away, or demands something new."""
+    if line.startswith("- "):
+        return True
+    added = line.removeprefix("+ ").strip()
+    is_field = re.match(r"\w+: ", added) is not None
+    return added.startswith("abstract ") or (is_field and " = " not in added)
 
 
 class _Text:

@@ -1,4 +1,4 @@
-"""Writes docs/reference from the code, so that the pages cannot be wrong.
+"""Writes docs/reference and docs/plugins/reference from the code, so that the pages cannot be wrong.
 
 python scripts/reference.py            write the pages
 python scripts/reference.py --check    exit 1 if a page is out of date
@@ -11,13 +11,14 @@ import inspect
 import sys
 from pathlib import Path
 
+from point_pages import point_pages
 from quire.config import SPECIAL_VARIABLES, EngineConfig, environment_variable, field_path
 from quire.config_values import describe
 from quire.contract.provider import POINTS, Provider
 from quire.facade import EngineFacade, HostInfo
 from quire.hooks import HOOK_NAMES, HookSpecs
 
-FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
+FOLDER = Path(__file__).resolve().parents[1] / "docs"
 NOTICE = "<!-- Written by scripts/reference.py; change the code, then run `make fix`. -->\n"
 
 CONFIG = """# Configuration
@@ -98,13 +99,17 @@ def points_page() -> str:
     for point in POINTS.values():
         served = f"{point.current}" if point.oldest == point.current else f"{point.oldest} to {point.current}"
         base = point.base.replace(":", ".")
-        rows.append(f"| `{point.name}` | {point.summary} | `{base}` | {served} | {point.tier} |\n")
+        link = f"[`{point.name}`](../plugins/reference/{point.name}.md)"
+        rows.append(f"| {link} | {point.summary} | `{base}` | {served} | {point.tier} |\n")
     return NOTICE + POINTS_PAGE + "\n" + "".join(rows)
 
 
 def pages() -> dict[str, str]:
-    """File name -> content."""
-    return {"config.md": config_page(), "hooks.md": hooks_page(), "points.md": points_page()}
+    """File name below docs -> content."""
+    own = {"config.md": config_page(), "hooks.md": hooks_page(), "points.md": points_page()}
+    return {f"reference/{name}": text for name, text in own.items()} | {
+        name: NOTICE + text for name, text in point_pages().items()
+    }
 
 
 def stale(folder: Path = FOLDER) -> list[str]:
@@ -121,10 +126,10 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="only say which pages are out of date")
     if parser.parse_args().check:
         for name in stale():
-            print(f"docs/reference/{name} is out of date; run python scripts/reference.py")
+            print(f"docs/{name} is out of date; run python scripts/reference.py")
         sys.exit(bool(stale()))
-    FOLDER.mkdir(parents=True, exist_ok=True)
     for name, text in pages().items():
+        (FOLDER / name).parent.mkdir(parents=True, exist_ok=True)
         (FOLDER / name).write_text(text, encoding="utf-8")
 
 

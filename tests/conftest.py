@@ -1,8 +1,10 @@
-"""What every test starts with."""
+"""What every test starts with, and what tests of several folders share."""
 
 import logging
 
+import numpy as np
 import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)
@@ -12,3 +14,60 @@ def the_log_is_put_back():
     before = logger.handlers[:], logger.level, logger.propagate
     yield
     logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """Triton's interpreter, made right where it is not: kernels run on the CPU, one program after another.
+
+    Kernels are made interpretable when they are decorated, and Triton's own helpers when it is imported: the
+    conftest.py of a folder of kernels does both before any test runs.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    exact_dot = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle):
+        """bfloat16 is kept as raw 16 bits, and multiplied as such; as float32 it is exact."""
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        wide = (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(wide, tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return exact_dot(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    exact_cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast(self, source, target):
+        """To bfloat16 it cuts the last bits off; a GPU rounds to the nearest, to even."""
+        if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
+            return exact_cast(self, source, target)
+        bits = source.data.astype(np.float32).view(np.uint32)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        nearest = np.where(np.isnan(source.data), (bits >> 16) | 1, nearest)
+        return interpreter.TensorHandle(nearest.astype(np.uint16), tl.bfloat16)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
+    exact_conversion = interpreter.InterpreterBuilder.create_fp_to_fp
+
+    def convert(self, source, target, rounding_mode):
+        """To 8 bits it rounds halves up, and loses the carry; a GPU rounds to the nearest, to even."""
+        if source.dtype.scalar != tl.float32 or target.scalar != tl.float8e4nv:
+            return exact_conversion(self, source, target, rounding_mode)
+        rounded = torch.from_numpy(np.array(source.data)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return interpreter.TensorHandle(rounded, tl.float8e4nv)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", convert)
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def with_index(tensor, *rest):
+        """Triton 3.6 turns an array of one element into an int in a way that numpy 2.4 refuses."""
+        result = patch_tensor(tensor, *rest)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+        return result
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)

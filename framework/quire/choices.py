@@ -11,6 +11,7 @@ from quire.config import EngineConfig
 from quire.contract.attention import AttentionBackend
 from quire.contract.device import Device, DeviceInit
 from quire.contract.model import ModelSpec
+from quire.contract.quant import QuantMethod
 from quire.errors import ConfigError, UnsupportedModel
 from quire.loader.checkpoint import Checkpoint
 from quire.registry import AUTO, Candidate, Check, PluginHost, Selection
@@ -32,7 +33,7 @@ def select_device(config: EngineConfig, host: PluginHost) -> tuple[Selection, De
     """The device to run on. Raises ConfigError."""
     choice = host.select("device", config.device)
     options = host.options_for(choice.provider, config.plugin_options)
-    device: Device = choice.target(DeviceInit(options=options))
+    device: Device = choice.make(DeviceInit(options=options))
     return choice, device
 
 
@@ -84,6 +85,9 @@ def attention_check(
         reasons = dict.fromkeys(
             reason for layer in layers for reason in backend.supports(layer, dtype, device_type, config.block_size)
         )
+        if config.kv_cache_dtype not in backend.caps.kv_dtypes:
+            known = sorted(backend.caps.kv_dtypes)
+            reasons[f"KV cache dtype {config.kv_cache_dtype!r} is not one of {known}"] = None
         if config.deterministic and not backend.caps.deterministic:
             reasons["it does not declare deterministic results"] = None
         return list(reasons)
@@ -104,6 +108,19 @@ def choose_dtype(config: EngineConfig, checkpoint: Checkpoint, device: Device) -
     return dtype
 
 
+def quantization_check(stored: str | None, named: bool) -> Check:
+    """The check that decides whether a method serves a checkpoint, of which `stored` is the format of its weights."""
+
+    def check(method: type[QuantMethod]) -> list[str]:
+        if stored is not None:
+            return [] if stored in method.checkpoint_names else [f"does not read {stored!r}"]
+        if method.checkpoint_names:
+            return [f"reads {', '.join(sorted(method.checkpoint_names))}; the checkpoint is not quantized"]
+        return [] if named else ["the checkpoint is not quantized, and nobody asked for it"]
+
+    return check
+
+
 def explain_point(config: EngineConfig, host: PluginHost, point: str, checkpoint: Checkpoint | None) -> list[Candidate]:
     """Every candidate for a point as `resolve` would judge it, with its reasons.
 
@@ -111,11 +128,14 @@ def explain_point(config: EngineConfig, host: PluginHost, point: str, checkpoint
         config: what the user said.
         host: the loaded plugins.
         point: the extension point.
-        checkpoint: the model; needed for `attention` and `model`, whose choice depends on it.
+        checkpoint: the model; needed for `attention`, `model` and `quantization`, whose choice depends on it.
     """
     wanted = next((getattr(config, name) for name, known in POINT_OF_FIELD.items() if known == point), AUTO)
     if point == "device":
         return host.explain(point, config.device)
+    if point == "quantization" and checkpoint is not None:
+        named = config.quantization
+        return host.explain(point, named or AUTO, check=quantization_check(checkpoint.quant_method, named is not None))
     if point == "model" and checkpoint is not None:
         return host.explain(point, check=model_check(checkpoint.config))
     _, device = select_device(config, host)

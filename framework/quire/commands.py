@@ -18,6 +18,7 @@ from quire.cli.chat import Chat
 from quire.cli.console import note, print_table
 from quire.cli.conversation import Answer, Conversation, Writer
 from quire.cli.flags import engine_flags
+from quire.cli.logs import log_information
 from quire.cli.session import Session, open_session
 from quire.contract.metrics import MetricsSink
 from quire.loader.checkpoint import BUNDLED, Checkpoint, resolve_checkpoint
@@ -32,6 +33,7 @@ __all__ = [
     "Session",
     "Writer",
     "engine_flags",
+    "log_information",
     "note",
     "open_session",
     "print_table",

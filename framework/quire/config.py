@@ -57,6 +57,8 @@ class EngineConfig(BaseModel):
     """Most requests that run at once."""
     max_num_batched_tokens: Count = at("engine.max_num_batched_tokens", 2048, ge=1, le=1 << 20)
     """Most tokens of one step; a longer prompt is computed in pieces."""
+    async_scheduling: bool | Literal["auto"] = at("engine.async_scheduling", "auto")
+    """Launch a step while the one before it runs, with the same outputs; auto: if the device runs beside the host."""
     seed: Count = at("engine.seed", 0, ge=0, le=2**63 - 1)
     """Seed of requests that bring none."""
     deterministic: bool = at("engine.deterministic", False)
@@ -67,12 +69,15 @@ class EngineConfig(BaseModel):
     """With process: seconds after which a step that has not ended counts as hung, and the process is restarted."""
     block_size: Count = at("engine.kv_cache.block_size", 16, ge=1, le=1024)
     """Tokens per KV block."""
+    kv_cache_dtype: Literal["auto", "fp8_e4m3"] = at("engine.kv_cache.dtype", "auto")
+    """Dtype of keys and values in the cache; auto: the compute dtype; fp8_e4m3: 8 bits, less exact."""
     num_kv_blocks: Annotated[Count, Field(ge=2, le=1 << 31)] | None = at("engine.kv_cache.num_blocks", None)
     """Blocks in the KV pool; null: as kv_cache_memory says."""
     kv_cache_memory: Annotated[Count, Field(ge=1 << 10, le=1 << 50)] | Literal["auto"] = at(
         "engine.kv_cache.memory", "auto"
     )
-    """Bytes for the KV pool; auto: what max_num_seqs full-length requests need, at most half of the free memory."""
+    """Bytes for the KV pool; auto: what max_num_seqs full-length requests need, at most half of the free memory
+    (of a GPU's, all that its margin leaves)."""
     enable_prefix_caching: bool = at("engine.kv_cache.prefix_caching", True)
     """Requests that begin alike share the KV of their beginning."""
     attention_backend: str = at("plugins.attention", "auto")
@@ -246,7 +251,10 @@ def read_tree(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the configuration {path} is not valid: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"the configuration {path} is not valid: {' '.join(str(error).split())}",
+            remedy="look at the line that it names; YAML is indented by spaces, never tabs",
+        ) from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):

@@ -5,6 +5,7 @@ A plugin is a module (or object) whose functions carry `@hookimpl`; arguments ar
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -52,4 +53,10 @@ class HookSpecs:
         """A step has ended. Called in the engine's thread: return at once."""
 
 
-HOOK_NAMES = frozenset(name for name in vars(HookSpecs) if name.startswith("quire_"))
+HOOK_ARGUMENTS = {
+    name: tuple(inspect.signature(hook).parameters)[1:]
+    for name, hook in vars(HookSpecs).items()
+    if name.startswith("quire_")
+}
+"""Hook -> names of the arguments that it may take."""
+HOOK_NAMES = frozenset(HOOK_ARGUMENTS)

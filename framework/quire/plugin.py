@@ -6,6 +6,7 @@ A plugin imports this module and `quire.testing`, nothing else of Quire. What is
 
 from quire.caching import cache_folder
 from quire.contract.attention import (
+    KV_DTYPES,
     AttentionBackend,
     AttentionBatch,
     AttentionCaps,
@@ -18,9 +19,11 @@ from quire.contract.attention import (
     TensorSpec,
     apply_rotary,
     head_norm,
+    in_cache_dtype,
+    kv_cache_dtype,
     split_qkv,
 )
-from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, MemoryInfo
+from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, HostCopy, MemoryInfo
 from quire.contract.executor import Executor, ExecutorInit, KVBudget
 from quire.contract.kv import NULL_BLOCK, Allocation, BlockCopy, KVAllocator, KVInit, KVStats, PrefixHit, PrefixQuery
 from quire.contract.metrics import MetricsInit, MetricsSink, RequestStats, StepStats
@@ -88,9 +91,11 @@ from quire.errors import ConfigError, EngineError, PluginError, QuireError, Requ
 from quire.facade import EngineFacade, HostInfo
 from quire.hooks import hookimpl
 from quire.params import SamplingParams
+from quire.sampling.philox import seeded_uniform
 
 __all__ = [
     "ELEMENTWISE_TILE",
+    "KV_DTYPES",
     "NULL_BLOCK",
     "POINTS",
     "Activation",
@@ -116,6 +121,7 @@ __all__ = [
     "GraphRunner",
     "GraphSupport",
     "HeadNorm",
+    "HostCopy",
     "HostInfo",
     "KVAllocator",
     "KVBudget",
@@ -193,5 +199,8 @@ __all__ = [
     "elementwise",
     "head_norm",
     "hookimpl",
+    "in_cache_dtype",
+    "kv_cache_dtype",
+    "seeded_uniform",
     "split_qkv",
 ]

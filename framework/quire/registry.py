@@ -16,7 +16,7 @@ from typing import Any
 import pluggy
 from pydantic import BaseModel
 
-from quire.contract.provider import POINTS
+from quire.contract.provider import POINTS, Point
 from quire.errors import ConfigError, PluginError
 from quire.facade import HostInfo
 from quire.hooks import PROJECT, HookSpecs
@@ -27,6 +27,9 @@ from quire.host.observers import Observers
 from quire.host.reports import Candidate, PluginReport, PluginStatus, Rejection, Selection
 from quire.host.sources import CORE, GROUP, EntryPoint, PluginSource, core_source, file_source, installed_sources
 from quire.host.suggest import suggest
+from quire.host.trace import Step
+from quire.host.trace import logger as trace
+from quire.host.versions import notice
 from quire.version import __version__
 
 __all__ = [
@@ -68,21 +71,24 @@ class PluginHost(Catalog):
     Args:
         entry_points: the installed plugins.
         options: which of them to load.
+        points: the extension points to serve; the core's own.
 
     Raises:
         ConfigError: the core is blocked, or a file of `options.files` cannot be a plugin.
         PluginError: a plugin failed to load and `options.strict` is set.
     """
 
-    def __init__(self, entry_points: Iterable[EntryPoint], options: HostOptions) -> None:
-        super().__init__()
+    def __init__(
+        self, entry_points: Iterable[EntryPoint], options: HostOptions, points: Mapping[str, Point] = POINTS
+    ) -> None:
+        super().__init__(points)
         if CORE in options.blocked:
             raise ConfigError("the core cannot be blocked", remedy=f"remove -p no:{CORE}")
         self._options = options
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(HookSpecs)
         self._observers: dict[str, Observers] = {}
-        self.info = HostInfo(__version__, {name: (point.oldest, point.current) for name, point in POINTS.items()})
+        self.info = HostInfo(__version__, {name: (point.oldest, point.current) for name, point in points.items()})
         files = [file_source(Path(path)) for path in options.files]
         for source in (core_source(), *installed_sources(entry_points), *files):
             self._take(source)
@@ -101,15 +107,20 @@ class PluginHost(Catalog):
         self.reports[report.name] = report
         if reason := self._blocked(source.name):
             report.status, report.reason = PluginStatus.BLOCKED, reason
+            trace.debug("%s: %s", report.label, reason)
             return
         if taken:
             owner = self.reports[source.name]
             self._fail(report, NotLoaded(PluginStatus.REJECTED, f"its name is taken by {owner.label}"))
             return
         try:
-            load_plugin(self._manager, source, self.info, report)
+            load_plugin(self._manager, source, self.info, report, self.points)
         except NotLoaded as error:
             self._fail(report, error)
+            return
+        for provider in report.providers:
+            if said := notice(provider, self.points[provider.point], report):
+                logger.warning("%s: %s", report.label, said)
 
     def _free_name(self, source: PluginSource) -> str:
         """The source's name; for the second of one name, a name to report it under."""
@@ -161,7 +172,8 @@ class PluginHost(Catalog):
             name = implementation.plugin_name
             arguments = {"config": config}
             try:
-                given: Any = implementation.function(*(arguments[argument] for argument in implementation.argnames))
+                with Step(f"call quire_config_defaults of {name!r}"):
+                    given: Any = implementation.function(*(arguments[argument] for argument in implementation.argnames))
                 values = {} if given is None else dict(given)
             except Exception as error:
                 self.complain(name, f"quire_config_defaults failed: {first_line(error)}")
@@ -176,7 +188,8 @@ class PluginHost(Catalog):
         for implementation in self._manager.hook.quire_config_sections.get_hookimpls():
             name = implementation.plugin_name
             try:
-                answer: Any = implementation.function()
+                with Step(f"call quire_config_sections of {name!r}"):
+                    answer: Any = implementation.function()
                 given = dict(answer or {})
             except Exception as error:
                 self.complain(name, f"quire_config_sections failed: {first_line(error)}")
@@ -203,4 +216,7 @@ class PluginHost(Catalog):
 
 def build_host(options: HostOptions | None = None) -> PluginHost:
     """Load the core's providers, the installed plugins and the named files."""
-    return PluginHost(importlib.metadata.entry_points(group=GROUP), options or HostOptions())
+    with Step(f"find entry points of group {GROUP!r}") as step:
+        found = importlib.metadata.entry_points(group=GROUP)
+        step.result = ", ".join(sorted(point.name for point in found)) or "none"
+    return PluginHost(found, options or HostOptions())

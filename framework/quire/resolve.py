@@ -11,6 +11,7 @@ import torch
 
 from quire.choices import POINT_OF_FIELD, attention_check, choose_dtype, select_device, select_model
 from quire.config import Configured, EngineConfig
+from quire.contract.attention import kv_cache_dtype
 from quire.contract.device import Device
 from quire.contract.model import ModelSpec
 from quire.errors import ConfigError, UnsupportedModel
@@ -25,6 +26,9 @@ BUILT_IN_PROCESSORS = ("token_filter", "logit_bias", "min_tokens", "penalties")
 OP_DEFAULT = "default"
 """The key of `ops` that stands for all kinds that are not named."""
 
+CODES = (torch.int32, torch.float8_e4m3fn)
+"""Dtypes of matrices that hold packed codes or eight bits of a float, never a plain weight."""
+
 SECRET_WORDS = ("key", "token", "secret", "password")
 
 
@@ -36,7 +40,8 @@ class ResolvedConfig:
         config: what the user said. origins: field -> where its value came from.
         checkpoint: the model's files. spec: its architecture. model_config: its config, as read by the spec.
         device: the device in use. dtype: compute dtype.
-        max_model_len, max_num_seqs, max_num_batched_tokens, block_size: as in `EngineConfig`, decided.
+        max_model_len, max_num_seqs, max_num_batched_tokens, block_size, async_scheduling: as in `EngineConfig`,
+            decided.
         selected: extension point -> choice, for points with one provider in use.
         processors: the logits processors, in the order in which they run.
         op_sets: the op sets that run on the device, in the order in which they are asked.
@@ -56,6 +61,7 @@ class ResolvedConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
+    async_scheduling: bool
     selected: Mapping[str, Selection]
     processors: tuple[Selection, ...]
     op_sets: tuple[Selection, ...]
@@ -63,14 +69,21 @@ class ResolvedConfig:
     sinks: tuple[Selection, ...]
     quantization: Selection | None
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Dtype of the KV cache's elements."""
+        return kv_cache_dtype(self.config.kv_cache_dtype, self.dtype)
+
     def to_dict(self) -> dict[str, Any]:
         """Printable values, decided ones in place of `auto`; secrets in plugins' options are masked."""
         values = self.config.model_dump(mode="json")
         decided = {name: getattr(self, name) for name in values if name in {item.name for item in fields(self)}}
         chosen = {name: self.selected[point].provider.name for name, point in POINT_OF_FIELD.items()}
+        dtype, cached = str(self.dtype).removeprefix("torch."), self.config.kv_cache_dtype
         special = {
             "model": self.checkpoint.name,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype,
+            "kv_cache_dtype": dtype if cached == AUTO else cached,
             "device": self.selected["device"].provider.name,
             "ops": dict(self.config.ops),
             "quantization": self.quantization.provider.name if self.quantization else None,
@@ -110,6 +123,7 @@ def resolve(configured: Configured, host: PluginHost, checkpoint: Checkpoint) ->
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         block_size=config.block_size,
+        async_scheduling=_async_scheduling(config, device, selected["executor"]),
         selected=selected,
         processors=tuple(host.select("logits_processor", name, device_type=device_type) for name in names),
         op_sets=op_sets,
@@ -142,6 +156,18 @@ def _max_model_len(config: EngineConfig, longest: int) -> int:
     return config.max_model_len
 
 
+def _async_scheduling(config: EngineConfig, device: Device, executor: Selection) -> bool:
+    can_overlap = executor.target.max_in_flight >= 2
+    if config.async_scheduling == "auto":
+        return device.runs_async and can_overlap
+    if config.async_scheduling and not can_overlap:
+        raise ConfigError(
+            f"async_scheduling is on, but the executor {executor.provider.name!r} takes one step at a time",
+            remedy="leave async_scheduling at auto",
+        )
+    return config.async_scheduling
+
+
 def _op_sets(host: PluginHost, device_type: str) -> tuple[Selection, ...]:
     """All op sets that run on the device, highest priority first."""
     fitting = [item for item in host.explain("op", device_type=device_type) if not item.reasons]
@@ -166,7 +192,9 @@ def _op_overrides(
 
 
 def _quantization(config: EngineConfig, host: PluginHost, checkpoint: Checkpoint) -> Selection | None:
-    stored = checkpoint.quantization_config.get("quant_method")
+    stored = checkpoint.quant_method
+    if stored is None:
+        _refuse_codes(checkpoint)
     if config.quantization is not None:
         choice = host.select("quantization", config.quantization)
         names = choice.target.checkpoint_names
@@ -179,14 +207,33 @@ def _quantization(config: EngineConfig, host: PluginHost, checkpoint: Checkpoint
         )
     if stored is None:
         return None
+    known: set[str] = set()
 
     def check(method: Any) -> list[str]:
+        known.update(method.checkpoint_names)
         return [] if stored in method.checkpoint_names else [f"does not read {stored!r}"]
 
     try:
         return host.select("quantization", AUTO, check=check)
     except ConfigError as error:
-        raise UnsupportedModel(f"the checkpoint is quantized by {stored!r}: {error.message}") from None
+        if stored in known:
+            raise UnsupportedModel(f"the checkpoint is quantized by {stored!r}: {error.message}") from None
+        raise UnsupportedModel(
+            f"the checkpoint is quantized by {stored!r}, which no plugin reads; "
+            f"read are {', '.join(sorted(known)) or 'none'}",
+            remedy="take one of the model in such a form, or the unquantized one, which `quire quantize` makes smaller",
+        ) from None
+
+
+def _refuse_codes(checkpoint: Checkpoint) -> None:
+    """Raises UnsupportedModel if weights are quantized and nothing says how."""
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.dtype in CODES and len(tensor.shape) == 2:
+            raise UnsupportedModel(
+                f"{name} is {str(tensor.dtype).removeprefix('torch.')}, so that the checkpoint is quantized, but "
+                "config.json has no quantization_config",
+                remedy="fetch config.json, quantize_config.json or quant_config.json of the same model again",
+            )
 
 
 def _warn_unused_options(resolved: ResolvedConfig, host: PluginHost) -> None:

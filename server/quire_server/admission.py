@@ -20,12 +20,17 @@ class Admission:
         """How many were not taken, by the reason."""
         self.is_draining = False
 
+    @property
+    def is_full(self) -> bool:
+        """Whether a further request would be refused now, whatever its size."""
+        return self.num_requests >= self._settings.max_requests
+
     def check(self) -> None:
         """Raises ApiError if no further request is taken, whatever its size."""
         if self.is_draining:
             self.refused["draining"] += 1
             raise overloaded("the server is shutting down", seconds=5)
-        if self.num_requests >= self._settings.max_requests:
+        if self.is_full:
             self.refused["requests"] += 1
             raise overloaded(f"{self.num_requests} requests wait or run, which is all that may", status=429)
 

@@ -17,11 +17,13 @@ from quire_server import sse
 from quire_server.encoding import Meta
 from quire_server.errors import APOLOGY, ApiError, as_api_error
 from quire_server.events import Event, Failure
-from quire_server.generation import Job, events
+from quire_server.generation import Job, event_batches
+from quire_server.jobs import Sender
 from quire_server.json_response import JsonResponse
 from quire_server.state import ServerState
 
 T = TypeVar("T")
+Batches = AsyncGenerator[Sequence[Event]]
 
 IGNORED_FIELDS = "X-Quire-Ignored-Fields"
 CLIENT_GONE = 499
@@ -44,9 +46,10 @@ class Call:
         self, state: ServerState, request: Request, prefix: str, model: str | None, ignored: Sequence[str] = ()
     ) -> None:
         self._state, self._request = state, request
-        self._headers = {IGNORED_FIELDS: _printable(ignored)} if ignored else {}
+        self._headers = ignored_header(ignored)
         state.admission.check()
         self.request_id = f"{prefix}{uuid.uuid4().hex}"
+        self.sender = Sender(self.request_id, getattr(request.state, "tenant", ""))
         self.meta = Meta(self.request_id, int(time.time()), state.check_model(model))
 
     async def prepare(self, make: Callable[[], T], prompt_param: str) -> T:
@@ -60,32 +63,35 @@ class Call:
         """Send the events as they come. Raises ApiError if there is no place for the request."""
         place = contextlib.ExitStack()
         place.enter_context(self._state.admission.admit(job.num_prompt_tokens))
-        chunks = _encoded(self._told(job), encoder)
+        chunks = _encoded(self._batches(job), encoder)
         return sse.EventStream(chunks, self._state.limits, self._headers, place)
 
     async def events(self, job: Job) -> list[Event]:
         """All events, for an answer that is sent at once. Raises ApiError if there is no place, or it fails."""
         with self._state.admission.admit(job.num_prompt_tokens):
-            produced: list[Event] = await _unless_disconnected(self._request, _all(self._told(job)))
+            produced: list[Event] = await _unless_disconnected(self._request, _all(self._batches(job)))
         if produced and isinstance(produced[-1], Failure):
             raise ApiError(503, f"{APOLOGY} {produced[-1].message}")
         return produced
 
-    async def _told(self, job: Job) -> AsyncGenerator[Event]:
+    def _batches(self, job: Job) -> Batches:
         """The job's events, which the request's trace is told of, if there is one."""
+        batches = event_batches(self._state.llm, job)
         trace = getattr(self._request.state, "trace", None)
-        if trace is not None:
-            operation = "chat" if job.parsers else "text_completion"
-            trace.begin(self.meta.model, operation, job.submissions[0].params)
-        async with contextlib.aclosing(events(self._state.llm, job)) as stream:
-            async for event in stream:
-                if trace is not None:
-                    trace.take(event)
-                yield event
+        if trace is None:
+            return batches
+        operation = "chat" if job.parsers else "text_completion"
+        trace.begin(self.meta.model, operation, job.submissions[0].params)
+        return _told(batches, trace)
 
     def answer(self, content: dict[str, Any]) -> Response:
         """The answer, sent at once."""
         return JsonResponse(content, headers=self._headers)
+
+
+def ignored_header(names: Sequence[str]) -> dict[str, str]:
+    """The header that names fields without effect, if there are any."""
+    return {IGNORED_FIELDS: _printable(names)} if names else {}
 
 
 def _printable(names: Sequence[str]) -> str:
@@ -94,19 +100,28 @@ def _printable(names: Sequence[str]) -> str:
     return ", ".join(shown)
 
 
-async def _all(produced: AsyncGenerator[Event]) -> list[Event]:
-    async with contextlib.aclosing(produced):
-        return [event async for event in produced]
+async def _all(batches: Batches) -> list[Event]:
+    async with contextlib.aclosing(batches):
+        return [event async for batch in batches for event in batch]
 
 
-async def _encoded(produced: AsyncGenerator[Event], encoder: sse.Encoder) -> AsyncGenerator[bytes]:
-    for part in encoder.encoded(encoder.begin()):
-        yield part
-    async with contextlib.aclosing(produced):
-        async for event in produced:
-            for part in encoder.encoded(encoder.feed(event)):
-                yield part
-            if isinstance(event, Failure):
+async def _told(batches: Batches, trace: Any) -> AsyncGenerator[Sequence[Event]]:
+    async with contextlib.aclosing(batches):
+        async for batch in batches:
+            for event in batch:
+                trace.take(event)
+            yield batch
+
+
+async def _encoded(batches: Batches, encoder: sse.Encoder) -> AsyncGenerator[bytes]:
+    """What is written, one piece for what came at once."""
+    if begin := encoder.encoded(encoder.begin()):
+        yield begin
+    async with contextlib.aclosing(batches):
+        async for batch in batches:
+            if piece := b"".join([encoder.written(event) for event in batch]):
+                yield piece
+            if batch and isinstance(batch[-1], Failure):
                 return
     if encoder.end:
         yield encoder.end

@@ -21,6 +21,7 @@ from quire_server.events import (
     Whole,
 )
 from quire_server.logprobs import chat_content, prompt_logprobs
+from quire_server.sse import Template
 
 
 def whole_chat(meta: Meta, wants: Wants, whole: Whole) -> dict[str, Any]:
@@ -80,6 +81,7 @@ class ChatChunks:
         self._num_choices = num_choices
         self._usage = RunningUsage(wants, num_prompt_tokens)
         self._tokens: dict[int, Tokens] = {}
+        self._texts: dict[int, Template] = {}
 
     def begin(self) -> list[dict[str, Any]]:
         """One chunk per choice that names the role."""
@@ -113,6 +115,16 @@ class ChatChunks:
                 return [self._head | {"choices": [], "usage": usage_object(event)}] if self._wants.usage else []
             case Failure():
                 return [failure(event)]
+
+    def quick(self, event: Event) -> bytes | None:
+        """The bytes of a text's chunk that holds nothing else; None for all others."""
+        if not isinstance(event, Text) or event.choice in self._tokens or self._wants.running_usage:
+            return None
+        template = self._texts.get(event.choice)
+        if template is None:
+            choice = event.choice
+            template = self._texts[choice] = Template(lambda text: self._chunk(choice, {"content": text}))
+        return template.filled(event.text)
 
     def _keep(self, event: Tokens) -> None:
         self._usage.count(len(event.token_ids))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast
 
 import typer
 from quire import AsyncLLM, ConfigError
-from quire.commands import BUNDLED, Session, engine_flags, note, open_session, start_engine
+from quire.commands import BUNDLED, Session, engine_flags, log_information, note, open_session, start_engine
 from quire.plugin import MetricsInit
 
 from quire_server.client.address import listening_url
@@ -58,6 +58,7 @@ def serve(
     All settings stand in the configuration's section `server` too, as in QUIRE_SERVER__PORT.
     """
     check_packages()
+    log_information()
     options = options if model is None else {**options, "model": model}
     session = open_session(context, options, own_defaults={"process": True, "chat_template_timeout": 5})
     given = session.configured.sections.get("server", {})
@@ -78,7 +79,7 @@ def serve(
 
 
 def _serve(session: Session, settings: ServerSettings) -> None:
-    from quire_server.listener import open_socket
+    from quire_server.listener import check_tls, open_socket
 
     started = time.monotonic()
     if session.configured.config.model is None:
@@ -87,6 +88,7 @@ def _serve(session: Session, settings: ServerSettings) -> None:
         keys = settings.all_keys()
     except OSError as error:
         raise ConfigError(f"server.api_keys_file: {error.strerror}: {error.filename}") from error
+    check_tls(settings)
     # Before the model is loaded: a port that is taken must not cost minutes.
     with open_socket(settings) as socket:
         _serve_on(socket, session, settings, has_key=bool(keys), started=started)

@@ -17,6 +17,7 @@ from quire_server.events import (
     Usage,
 )
 from quire_server.logprobs import CompletionLogprobs, prompt_logprobs
+from quire_server.sse import Template
 
 
 class CompletionChunks:
@@ -48,6 +49,7 @@ class CompletionChunks:
         self._num_choices = n * num_prompts
         self._logprobs = [CompletionLogprobs(wants.logprobs or 0, token_text) for _ in range(self._num_choices)]
         self._tokens: dict[int, Tokens] = {}
+        self._texts: dict[int, Template] = {}
 
     def feed(self, event: Event) -> list[dict[str, Any]]:
         """Chunks for one event."""
@@ -69,6 +71,16 @@ class CompletionChunks:
                 return [failure(event)]
             case _:
                 return []
+
+    def quick(self, event: Event) -> bytes | None:
+        """As for chats."""
+        if not isinstance(event, Text) or event.choice in self._tokens or self._only_echo or self._wants.running_usage:
+            return None
+        template = self._texts.get(event.choice)
+        if template is None:
+            choice = event.choice
+            template = self._texts[choice] = Template(lambda text: self._chunk(choice, text))
+        return template.filled(event.text)
 
     def _keep(self, event: Tokens) -> None:
         if self._only_echo:

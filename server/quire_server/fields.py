@@ -42,6 +42,11 @@ REFUSED: Mapping[str, tuple[Allowed, str]] = {
     "guided_regex": (lambda v: False, "structured output is not available; leave it out"),
     "guided_choice": (lambda v: False, "structured output is not available; leave it out"),
     "guided_grammar": (lambda v: False, "structured output is not available; leave it out"),
+    "grammar": (lambda v: False, "structured output is not available; leave it out"),
+    "json_schema": (lambda v: False, "structured output is not available; leave it out"),
+    "regex": (lambda v: False, "structured output is not available; leave it out"),
+    "ebnf": (lambda v: False, "structured output is not available; leave it out"),
+    "structural_tag": (lambda v: False, "structured output is not available; leave it out"),
     "functions": (lambda v: v == [], "use tools"),
     "function_call": (lambda v: v == "none", "use tool_choice"),
     "audio": (lambda v: False, "the model makes text only"),
@@ -64,7 +69,6 @@ REFUSED: Mapping[str, tuple[Allowed, str]] = {
         lambda v: isinstance(v, dict) and v.get("format") in (None, {"type": "text"}) and set(v) <= {"format"},
         "structured output is not available; leave it out",
     ),
-    "best_of": (lambda v: v == 1, "use n"),
     "use_beam_search": (lambda v: v is False, "beam search is not available; leave it out"),
     "length_penalty": (lambda v: v == 1, "beam search is not available; leave it out"),
     "bad_words": (lambda v: v == [], "words cannot be forbidden; use logit_bias with token ids"),
@@ -94,10 +98,8 @@ class RequestBody(BaseModel):
         return tuple(unknown)
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(RequestBody):
     """How a stream reports usage."""
-
-    model_config = ConfigDict(extra="ignore", strict=True, use_attribute_docstrings=True)
 
     include_usage: bool | None = None
     """Send one more chunk with the usage at the end."""
@@ -112,6 +114,8 @@ class SamplingFields(RequestBody):
     """A served model's name; left out: the one that is served."""
     n: int | None = None
     """Answers per prompt."""
+    best_of: int | None = None
+    """As many as n: no answer is thrown away for a better one."""
     temperature: float | None = None
     """Divides the logits; 0 is greedy."""
     top_p: float | None = None
@@ -164,12 +168,19 @@ class SamplingFields(RequestBody):
     def sampling(
         self, defaults: Mapping[str, Any], *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
     ) -> SamplingParams:
-        """The parameters; `defaults` fill what the request left out. Raises RequestError."""
+        """The parameters; `defaults` fill what the request left out. Raises RequestError or ApiError."""
+        if self.best_of not in (None, self.n or 1):
+            message = f"best_of is {self.best_of} and n is {self.n or 1}: answers are not chosen from more; use n"
+            raise ApiError(400, message, param="best_of", code="unsupported_parameter")
         given = {name: value for name in DIRECT if (value := getattr(self, name)) is not None}
         if self.logit_bias is not None:
             given["logit_bias"] = _biases(self.logit_bias)
         given |= {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
         return SamplingParams(**(dict(defaults) | given))
+
+    def check_extra(self) -> tuple[str, ...]:
+        options = () if self.stream_options is None else self.stream_options.check_extra()
+        return (*super().check_extra(), *(f"stream_options.{name}" for name in options))
 
     def check_stream_options(self) -> None:
         """Raises ApiError for stream options without a stream."""

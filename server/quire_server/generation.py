@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from quire import AsyncLLM, OutputDelta, PositionLogprobs, QuireError, Submission
 from quire.plugin import OutputParser, ParserEvent, ReasoningDelta, TextDelta, ToolCallStart
 
+from quire_server.deadline import Deadline
 from quire_server.events import (
     Choice,
     Event,
@@ -56,31 +56,35 @@ class Job:
         return sum(len(submission.prompt_token_ids) for submission in self.submissions)
 
 
-async def events(llm: AsyncLLM, job: Job) -> AsyncGenerator[Event]:
-    """Everything that a job produces, in order; ends after one `Usage`, or with one `Failure`."""
+async def event_batches(llm: AsyncLLM, job: Job) -> AsyncGenerator[Sequence[Event]]:
+    """Everything that a job produces, in order, what came together at once; ends with one `Usage`, or one `Failure`."""
     tally = _Tally(job)
     now = asyncio.get_running_loop().time()
-    begin, end = now + min(job.queue_timeout, job.timeout), now + job.timeout
+    end = now + job.timeout
+    deadline = Deadline(min(now + job.queue_timeout, end))
     deltas = _merged(llm, job.submissions)
+    indexes = {submission.request_id: index for index, submission in enumerate(job.submissions)}
     try:
         while tally.open_choices:
-            async with asyncio.timeout_at(end if tally.has_begun else begin):
-                prompt, delta = await anext(deltas)
-            for event in tally.take(prompt, delta):
-                yield event
-                if isinstance(event, Failure):
-                    return
-        yield tally.usage()
+            delta = await deadline.wait(anext(deltas))
+            if not tally.has_begun:
+                deadline.move(end)
+            found = list(tally.take(indexes[delta.request_id], delta))
+            yield found
+            if found and isinstance(found[-1], Failure):
+                return
+        yield [tally.usage()]
     except TimeoutError:
         problem = "took too long" if tally.has_begun else "waited too long for its turn"
-        yield Failure(f"the request {problem} and was ended")
+        yield [Failure(f"the request {problem} and was ended")]
     except QuireError as error:
-        yield Failure(error.message)
+        yield [Failure(error.message)]
     except Exception as error:
         # A parser is a plugin's, and reads what a model wrote: what it breaks is this request alone.
         logger.exception("an output could not be read")
-        yield Failure(f"the output could not be read: {type(error).__name__}")
+        yield [Failure(f"the output could not be read: {type(error).__name__}")]
     finally:
+        deadline.close()
         await deltas.aclose()
 
 
@@ -92,29 +96,28 @@ def whole(job: Job, produced: Iterable[Event]) -> Whole:
     return result
 
 
-async def _merged(llm: AsyncLLM, submissions: Sequence[Submission]) -> AsyncGenerator[tuple[int, OutputDelta]]:
-    """(prompt's index, delta) of all submissions as they come."""
-    if len(submissions) == 1:
-        async with contextlib.aclosing(llm.submit(submissions[0])) as deltas:
-            async for delta in deltas:
-                yield 0, delta
-        return
-    found: asyncio.Queue[tuple[int, OutputDelta | QuireError]] = asyncio.Queue()
+def _merged(llm: AsyncLLM, submissions: Sequence[Submission]) -> AsyncGenerator[OutputDelta]:
+    """Deltas of all submissions as they come."""
+    return llm.submit(submissions[0]) if len(submissions) == 1 else _interleaved(llm, submissions)
 
-    async def pump(index: int, submission: Submission) -> None:
+
+async def _interleaved(llm: AsyncLLM, submissions: Sequence[Submission]) -> AsyncGenerator[OutputDelta]:
+    found: asyncio.Queue[OutputDelta | QuireError] = asyncio.Queue()
+
+    async def pump(submission: Submission) -> None:
         try:
             async for delta in llm.submit(submission):
-                found.put_nowait((index, delta))
+                found.put_nowait(delta)
         except QuireError as error:
-            found.put_nowait((index, error))
+            found.put_nowait(error)
 
-    tasks = [asyncio.create_task(pump(index, submission)) for index, submission in enumerate(submissions)]
+    tasks = [asyncio.create_task(pump(submission)) for submission in submissions]
     try:
         while True:
-            index, item = await found.get()
+            item = await found.get()
             if isinstance(item, QuireError):
                 raise item
-            yield index, item
+            yield item
     finally:
         for task in tasks:
             task.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from quire import AsyncLLM, ChatPrompt, RequestError, SamplingParams, Submission
@@ -19,8 +20,21 @@ COMPLETION_TOKENS = 16
 """Output tokens of a completion that names no limit, as in OpenAI's API."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Whose request it is.
+
+    Attributes:
+        request_id: of the request. tenant: told apart by the key, where there are several; they share no prefixes,
+            since how soon an answer begins would tell one what another has asked.
+    """
+
+    request_id: str
+    tenant: str = ""
+
+
 def chat_job(
-    llm: AsyncLLM, settings: ServerSettings, body: ChatRequest, request_id: str, where: str = "messages"
+    llm: AsyncLLM, settings: ServerSettings, body: ChatRequest, sender: Sender, where: str = "messages"
 ) -> Job:
     """Render and check a conversation, which the API calls `where`. Raises ApiError or RequestError."""
     prompt = chat_prompt(llm, body)
@@ -32,7 +46,7 @@ def chat_job(
         logprobs=_chat_logprobs(body),
         prompt_logprobs=body.prompt_logprobs,
     )
-    submission = _submission(llm, body, prompt.token_ids, params, request_id, where)
+    submission = _submission(llm, body, prompt.token_ids, params, sender, where)
     parsers = [_parser(llm, tools, prompt.in_reasoning) for _ in range(params.n)]
     tell = bool(body.return_token_ids) or body.prompt_logprobs is not None
     return Job((submission,), parsers, tell, settings.queue.timeout, settings.request_timeout)
@@ -54,7 +68,7 @@ def shown_tools(body: ChatRequest) -> list[dict[str, Any]]:
     return template_tools(body.tools) if body.tool_choice != "none" else []
 
 
-def completion_job(llm: AsyncLLM, settings: ServerSettings, body: CompletionRequest, request_id: str) -> Job:
+def completion_job(llm: AsyncLLM, settings: ServerSettings, body: CompletionRequest, sender: Sender) -> Job:
     """Tokenize and check prompts. Raises ApiError or RequestError."""
     prompts = _prompts(body)
     scored = body.echo and body.logprobs is not None
@@ -74,7 +88,7 @@ def completion_job(llm: AsyncLLM, settings: ServerSettings, body: CompletionRequ
             body,
             llm.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,
             params,
-            f"{request_id}-{index}",
+            Sender(f"{sender.request_id}-{index}", sender.tenant),
             "prompt",
             clamp=not explicit,
         )
@@ -134,7 +148,7 @@ def _submission(
     body: SamplingFields,
     token_ids: Sequence[int],
     params: SamplingParams,
-    request_id: str,
+    sender: Sender,
     where: str,
     *,
     clamp: bool = False,
@@ -149,9 +163,9 @@ def _submission(
     return llm.prepare(
         token_ids,
         params,
-        request_id=request_id,
+        request_id=sender.request_id,
         priority=body.priority or 0,
-        cache_salt=body.cache_salt or "",
+        cache_salt=sender.tenant + (body.cache_salt or ""),
     )
 
 

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import socket as sockets
+import ssl
 import time
 from pathlib import Path
 from types import FrameType
@@ -80,6 +81,20 @@ def _refusal(settings: ServerSettings, error: OSError) -> AddressTaken:
     return AddressTaken(
         f"cannot listen on {where}: {error.strerror}", remedy="name an address of this machine by --host"
     )
+
+
+def check_tls(settings: ServerSettings) -> None:
+    """Raises ConfigError if certificate and key cannot be used."""
+    if settings.ssl_certfile is None:
+        if settings.ssl_keyfile is not None:
+            raise ConfigError("server.ssl_keyfile is given without a certificate", remedy="give server.ssl_certfile")
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+    except OSError as error:  # ssl.SSLError is one
+        names = " and ".join(str(file) for file in (settings.ssl_certfile, settings.ssl_keyfile) if file is not None)
+        remedy = "give a certificate and its key, both PEM, by --ssl-certfile and --ssl-keyfile"
+        raise ConfigError(f"TLS cannot be served with {names}: {error.strerror or error}", remedy=remedy) from error
 
 
 class AddressTaken(ConfigError):

@@ -77,9 +77,13 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "0")
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "0")
         if declared.isdigit() and int(declared) > self._limit:
             await self._refuse(scope, receive, send)
+            return
+        if "transfer-encoding" not in headers:  # the HTTP parser takes no more than was declared
+            await self._app(scope, receive, send)
             return
         seen, started = 0, False
 
@@ -133,6 +137,8 @@ class ApiKey:
         elif not self._is_known(given):
             error = ApiError(401, f"Incorrect API key provided: {_masked(given)}.", code="invalid_api_key")
         else:
+            if len(self._digests) > 1:
+                scope.setdefault("state", {})["tenant"] = _digest(given).hex()[:16]
             await self._app(scope, receive, send)
             return
         await answer(error, scope["path"])(scope, receive, send)

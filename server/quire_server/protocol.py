@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from quire_server.fields import SamplingFields
+from quire_server.fields import RequestBody, SamplingFields
 
 
 class TextPart(BaseModel):
@@ -93,19 +93,21 @@ class CompletionRequest(SamplingFields):
     """Begin the answer with the prompt."""
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(RequestBody):
     """Body of POST /tokenize: a prompt, or a conversation."""
-
-    model_config = ConfigDict(extra="ignore", strict=True, use_attribute_docstrings=True)
 
     model: str | None = None
     """A served model's name."""
     prompt: str | None = None
     """Text."""
-    messages: list[Message] | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1, max_length=4096)
     """A conversation, rendered by the chat template."""
-    tools: list[Tool] | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=128)
     """Tools that the conversation offers."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Further arguments of the chat template."""
+    continue_final_message: bool = False
+    """End with the last message, for the model to go on with it."""
     add_special_tokens: bool = True
     """Add what the model expects at the beginning of a text; a rendered conversation has it already."""
     add_generation_prompt: bool = True
@@ -114,10 +116,8 @@ class TokenizeRequest(BaseModel):
     """Return each token's text too."""
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(RequestBody):
     """Body of POST /detokenize."""
-
-    model_config = ConfigDict(extra="ignore", strict=True, use_attribute_docstrings=True)
 
     model: str | None = None
     """A served model's name."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,21 @@ def event(data: object, name: str | None = None) -> bytes:
     return head + b"data: " + orjson.dumps(data) + b"\n\n"
 
 
+class Template:
+    """Events that differ in one text only: everything else is encoded once. `chunk` makes one of a text."""
+
+    def __init__(self, chunk: Callable[[str], dict[str, Any]]) -> None:
+        self._head, self._tail = event(chunk(_PLACE)).split(orjson.dumps(_PLACE))
+
+    def filled(self, text: str) -> bytes:
+        """The event with this text."""
+        return self._head + orjson.dumps(text) + self._tail
+
+
+_PLACE = "\x00the text\x00"
+"""Stands for the text until it is known; no id or name holds this."""
+
+
 @dataclass(frozen=True, slots=True)
 class Encoder:
     """One API's way to write events.
@@ -33,17 +48,23 @@ class Encoder:
     Attributes:
         begin: chunks before the first event. feed: chunks of an event. end: bytes after the last, unless it failed.
         name: the SSE event's name for a chunk; None: it has none.
+        quick: the bytes of an event's chunks, if there is a shorter way to them than `feed`.
     """
 
     begin: Callable[[], list[dict[str, Any]]]
     feed: Callable[[Event], list[dict[str, Any]]]
     end: bytes = b""
     name: Callable[[dict[str, Any]], str] | None = None
+    quick: Callable[[Event], bytes | None] = lambda event: None
 
-    def encoded(self, chunks: list[dict[str, Any]]) -> Iterator[bytes]:
+    def written(self, event: Event) -> bytes:
+        """An event's chunks as bytes."""
+        found = self.quick(event)
+        return self.encoded(self.feed(event)) if found is None else found
+
+    def encoded(self, chunks: list[dict[str, Any]]) -> bytes:
         """The chunks as bytes."""
-        for chunk in chunks:
-            yield event(chunk, None if self.name is None else self.name(chunk))
+        return b"".join(event(chunk, None if self.name is None else self.name(chunk)) for chunk in chunks)
 
 
 @dataclass(frozen=True, slots=True)

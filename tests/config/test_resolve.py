@@ -73,6 +73,18 @@ def extended(monkeypatch):
     return PluginHost([*importlib.metadata.entry_points(group="quire"), Entry()], HostOptions())
 
 
+def test_a_cache_dtype_is_used_only_where_it_is_declared(llama, extended):
+    resolved = resolved_for(llama, extended, kv_cache_dtype="fp8_e4m3")
+    assert resolved.selected["attention"].provider.name == "cpu_ref"
+    assert resolved.cache_dtype is torch.float8_e4m3fn
+    assert resolved.to_dict()["kv_cache_dtype"] == "fp8_e4m3"
+    (fast,) = [item for item in explain_point(resolved.config, extended, "attention", resolved.checkpoint)
+               if item.provider.name == "fast"]  # fmt: skip
+    assert "KV cache dtype 'fp8_e4m3' is not one of ['auto']" in fast.reasons
+    with pytest.raises(ConfigError, match="'fp8_e4m3' is not one of"):
+        resolved_for(llama, extended, kv_cache_dtype="fp8_e4m3", attention_backend="fast")
+
+
 def test_every_auto_is_decided(llama, host):
     resolved = resolved_for(llama, host)
     values = resolved.to_dict()

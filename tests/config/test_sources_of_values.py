@@ -79,6 +79,7 @@ def test_every_field_can_be_set_from_every_source(tmp_path):
     """One value per field, through the file and through the environment, gives the same configuration."""
     texts = {
         "dtype": "float16",
+        "kv_cache_dtype": "fp8_e4m3",
         "max_model_len": "4k",
         "kv_cache_memory": "1MiB",
         "deterministic": "true",

@@ -1,9 +1,8 @@
 """cpu_ref's operations and device pass the kit."""
 
-import dataclasses
-
 import pytest
 import torch
+from kit_faults.layers import Wrong, forgets_residual
 from quire.plugin import DeviceInit, LinearSpec, OpSpec
 from quire.testing.device import DeviceConformance
 from quire.testing.op import OpConformance
@@ -84,99 +83,3 @@ def test_routing_weights():
     weights, experts = route(torch.tensor([[0.0, 2.0, 1.0]]), 2, True)
     assert experts.tolist() == [[1, 2]]
     assert float(weights.sum()) == pytest.approx(1.0)
-
-
-class Wrong(TorchOps):
-    """Spoils the operations of one kind."""
-
-    def __init__(self, kind, spoil):
-        super().__init__(OpConformance.init())
-        self._kind, self._spoil = kind, spoil
-
-    def build(self, spec):
-        op = super().build(spec)
-        return self._spoil(op, spec) if spec.kind == self._kind else op
-
-
-def forgets_residual(op, spec):
-    return lambda x, weight, residual=None: (op(x, weight)[0], residual)
-
-
-def ignores_offset(op, spec):
-    return TorchOps(OpConformance.init()).build(dataclasses.replace(spec, weight_offset=0.0))
-
-
-def swaps_gate_and_value(op, spec):
-    return lambda x: op(torch.cat((x[..., spec.size :], x[..., : spec.size]), -1))
-
-
-def takes_other_gelu(op, spec):
-    names = {"gelu": "gelu_tanh", "gelu_tanh": "gelu", "silu": "silu"}
-    return TorchOps(OpConformance.init()).build(dataclasses.replace(spec, activation=names[spec.activation]))
-
-
-def forgets_renormalization(op, spec):
-    return TorchOps(OpConformance.init()).build(dataclasses.replace(spec, renormalize=False))
-
-
-class HalvesFewRows(PackedLinear):
-    """Sums in two halves where there are few rows, as kernels that split the sum among threads do.
-
-    Whether another kernel of torch's gives other bits depends on the processor; another order of summation
-    gives them on any.
-    """
-
-    def pack(self, weight, bias):
-        half = weight.shape[1] // 2
-        return [super(HalvesFewRows, self).pack(part, None) for part in (weight, weight[:, :half], weight[:, half:])]
-
-    def __call__(self, x, state):
-        whole, left, right = state
-        if x.shape[0] > 16:
-            return super().__call__(x, whole)
-        half = x.shape[1] // 2
-        return super().__call__(x[:, :half], left) + super().__call__(x[:, half:], right)
-
-
-class ForgetsBias(PackedLinear):
-    def pack(self, weight, bias):
-        return super().pack(weight, None)
-
-
-class SharesAScale(PackedLinear):
-    """Rounds the inputs on one grid for the whole batch, as some quantized kernels do."""
-
-    def __call__(self, x, state):
-        if x.numel() == 0:
-            return super().__call__(x, state)
-        scale = x.abs().max() / 127
-        return super().__call__((x / scale).round() * scale, state)
-
-
-@pytest.mark.parametrize(
-    ("check", "kind", "spoil"),
-    [
-        (lambda kit, ops: kit.test_rms_norm(ops, 7, 0.0, torch.float32), "rms_norm", forgets_residual),
-        (lambda kit, ops: kit.test_rms_norm(ops, 7, 1.0, torch.float32), "rms_norm", ignores_offset),
-        (lambda kit, ops: kit.test_gated_act(ops, 7, "silu", torch.float32), "gated_act", swaps_gate_and_value),
-        (lambda kit, ops: kit.test_gated_act(ops, 130, "gelu", torch.float32), "gated_act", takes_other_gelu),
-        (lambda kit, ops: kit.test_linear(ops, 7, False, True, torch.float32), "linear", lambda _, s: ForgetsBias(s)),
-        (lambda kit, ops: kit.test_linear(ops, 7, False, False, torch.float32), "linear", lambda _, s: SharesAScale(s)),
-        (
-            lambda kit, ops: kit.test_values_of_neighbours_do_not_matter(ops, "linear", torch.float32),
-            "linear",
-            lambda _, s: SharesAScale(s),
-        ),
-        (lambda kit, ops: kit.test_moe(ops, 7, False, True), "moe", forgets_renormalization),
-        (
-            lambda kit, ops: kit.test_deterministic_forms_do_not_see_their_neighbours(ops, "linear", torch.float32),
-            "linear",
-            lambda _, s: HalvesFewRows(s),
-        ),
-    ],
-)
-def test_the_kit_kills(check, kind, spoil):
-    kit = OpConformance()
-    check(kit, TorchOps(kit.init()))
-    with pytest.raises(AssertionError):
-        check(kit, Wrong(kind, spoil))

@@ -1,60 +1,20 @@
-"""Triton's interpreter, made right where it is not: the kernels run on the CPU, one program after another.
-
-Kernels are made interpretable when they are decorated, and Triton's own helpers when it is imported;
-both happen here, before any test runs.
-"""
+"""The kernels run in Triton's interpreter, which they must be told of when they are imported."""
 
 import os
-import sys
 
-import numpy as np
 import pytest
 
-assert "triton" not in sys.modules, "somebody imported triton before it could be told to interpret"
 os.environ["TRITON_INTERPRET"] = "1"
-import quire_cuda_paged.attention  # noqa: E402  its kernels are decorated now
-import quire_cuda_paged.ops  # noqa: E402, F401
-import triton.language as tl  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
+import quire_cuda_paged.attention
+import quire_cuda_paged.ops
+import quire_cuda_paged.sampler  # noqa: F401
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
 del os.environ["TRITON_INTERPRET"]
+assert isinstance(tl.cdiv, InterpretedFunction), "somebody imported triton before it could be told to interpret"
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    """Every test here runs with the interpreter, whose faults with bfloat16 and numpy are mended."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    exact_dot = interpreter.InterpreterBuilder.create_dot
-
-    def widened(handle):
-        """bfloat16 is kept as raw 16 bits, and multiplied as such; as float32 it is exact."""
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        wide = (handle.data.astype(np.uint32) << 16).view(np.float32)
-        return interpreter.TensorHandle(wide, tl.float32)
-
-    def create_dot(self, a, b, *rest):
-        return exact_dot(self, widened(a), widened(b), *rest)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-    exact_cast = interpreter.InterpreterBuilder.cast_impl
-
-    def cast(self, source, target):
-        """To bfloat16 it cuts the last bits off; a GPU rounds to the nearest, to even."""
-        if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
-            return exact_cast(self, source, target)
-        bits = source.data.astype(np.float32).view(np.uint32)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        nearest = np.where(np.isnan(source.data), (bits >> 16) | 1, nearest)
-        return interpreter.TensorHandle(nearest.astype(np.uint16), tl.bfloat16)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def with_index(tensor, *rest):
-        """Triton 3.6 turns an array of one element into an int in a way that numpy 2.4 refuses."""
-        result = patch_tensor(tensor, *rest)
-        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
-        return result
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)
+def interpreted(interpreter):
+    """Every test here runs with the interpreter."""

@@ -1,6 +1,7 @@
 """Every Python, YAML and `quire` snippet of README and docs is run, and its output compared where it is given."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,10 @@ FILE = re.compile(r"# (\w+\.py)\n")
 """The first line of a block that is a file; `test_written_plugin` writes those."""
 LIVE = {ROOT / "docs" / "server.md"}
 """Pages whose snippets need a running server; test_server_page.py runs those."""
-PAGES = sorted({ROOT / "README.md", *ROOT.glob("scripts/tiny/*.md"), *ROOT.glob("docs/*.md")} - LIVE)
+OWN_TEST = {ROOT / "docs" / "plugins" / "tutorial.md"}
+"""Pages that build on their own snippets, one after the other; test_tutorial.py follows it."""
+DOCS = {*ROOT.glob("docs/*.md"), *ROOT.glob("docs/plugins/*.md")}
+PAGES = sorted({ROOT / "README.md", *ROOT.glob("scripts/tiny/*.md"), *DOCS} - LIVE - OWN_TEST)
 
 
 def blocks(page):
@@ -61,6 +65,16 @@ def test_written_plugin(tmp_path):
     answer = run("-m", "quire.cli", *line.replace('"', "").split(" "), "--temperature", "0", cwd=tmp_path)
     assert "72" in answer
     run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "test_dense.py", cwd=tmp_path)
+
+
+def test_written_quantization_method(tmp_path):
+    page = ROOT / "docs" / "quantization.md"
+    (text,) = [text for language, text in blocks(page) if language == "python" and FILE.match(text)]
+    (tmp_path / FILE.match(text)[1]).write_text(text)
+    lines = re.findall(r"`quire (--plugin row8\.py .*?)`", page.read_text())
+    answers = [run("-m", "quire.cli", *shlex.split(line), cwd=tmp_path) for line in lines]
+    assert "72" in answers[0]
+    assert "certified" in answers[1]
 
 
 def test_hooks_as_the_reference_writes_them(tmp_path):

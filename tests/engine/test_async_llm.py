@@ -29,7 +29,15 @@ def child(checkpoint):
     engine.shutdown()
 
 
-@pytest.fixture(params=["here", "child"])
+@pytest.fixture(scope="module")
+def overlapping(checkpoint):
+    """One that launches a step while the one before it runs, in a process of its own."""
+    engine = AsyncLLM(checkpoint("llama"), **OPTIONS, process=True, async_scheduling=True)
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture(params=["here", "child", "overlapping"])
 def llm(request):
     """Whoever uses an engine need not know where it runs."""
     return request.getfixturevalue(request.param)

@@ -2,15 +2,17 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
-from quire import LLM, SamplingParams
+from quire import SamplingParams
 from quire.contract.attention import GraphSupport
-from quire.contract.device import DeviceInit, GraphKey, GraphRunner
+from quire.contract.device import DeviceInit, GraphKey
 from quire.contract.request import NewRow, Schedule, ScheduledRow
 from quire.engine.batch import BatchBuilder
 from quire.engine.dispatcher import GraphDispatcher
 from quire.engine.rows import RowTable
+from quire.engine.staging import IN_FLIGHT, Staging
 from quire_cpu_ref.device import CpuDevice
 
 SIZE, LENGTH, SEQS = 4, 40, 6
@@ -32,16 +34,22 @@ def random_rows(rng, table):
 
 
 @pytest.mark.parametrize("padding", [None, (2, 9)])
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("seed", range(15))
-def test_batch_by_definition(seed, padding):
+def test_batch_by_definition(seed, shared, padding):
     table = RowTable(SEQS, LENGTH, SIZE, torch.device("cpu"))
     tokens, rows = random_rows(random.Random(seed), table)
-    builder = BatchBuilder(table, CpuDevice(DeviceInit()), SEQS * LENGTH + 10, SIZE)
+    staging = Staging(CpuDevice(DeviceInit()), 1 << 20, shared=shared)
+    builder = BatchBuilder(table, staging, SEQS * LENGTH + 10, SIZE)
     total = sum(row.num_new_tokens for row in rows)
     key = None
     if padding is not None:
         key = GraphKey(0, min(SEQS, len(rows) + padding[0]), total + padding[1])
-    inputs = builder.build(rows, key)
+    staging.begin()
+    staged, deltas = builder.stage(rows, key), table.stage(staging)
+    staging.send()
+    table.flush(deltas)
+    inputs = builder.inputs(staged)
     batch = inputs.attention
     assert (batch.num_reqs, batch.num_tokens) == ((key.num_reqs, key.num_tokens) if key else (len(rows), total))
     at = 0
@@ -63,7 +71,73 @@ def test_batch_by_definition(seed, padding):
     assert all(slot < SIZE for slot in batch.slot_mapping[total:].tolist()), "padding must point into the null block"
     assert torch.equal(batch.seq_lens, batch.seq_lens_host)
     lengths = {row.num_new_tokens for row in rows}
-    assert batch.uniform_query_len == (lengths.pop() if len(lengths) == 1 else 0)
+    assert batch.uniform_query_len == (lengths.pop() if len(lengths) == 1 and key is None else 0)
+    assert batch.max_query_len >= max(row.num_new_tokens for row in rows)
+    assert batch.max_seq_len >= int(batch.seq_lens.max())
+
+
+def test_a_steps_buffer_is_not_touched_while_it_may_be_read():
+    staging = Staging(CpuDevice(DeviceInit()), 1024, shared=True)
+    tensors = []
+    for step in range(IN_FLIGHT):
+        staging.begin()
+        tensors.append(staging.put(np.full(5, step, dtype=np.int32)))
+        staging.send()
+    assert [tensor.tolist() for tensor in tensors] == [[0] * 5, [1] * 5]
+
+
+def test_what_finds_no_room_in_the_buffer_is_sent_alone():
+    staging = Staging(CpuDevice(DeviceInit()), 256, shared=False)
+    staging.begin()
+    small, large = staging.put(np.arange(9, dtype=np.float32)), staging.put(np.arange(99, dtype=np.int64))
+    assert small.tolist() == [0.0] * 9, "it has not been sent yet"
+    staging.send()
+    assert (small.tolist(), large.tolist()) == (list(range(9)), list(range(99)))
+    with pytest.raises(ValueError, match="no room"):
+        staging.reserve(99, torch.int64)
+
+
+def test_a_slots_next_request_finds_it_empty():
+    table = RowTable(SEQS, LENGTH, SIZE, torch.device("cpu"))
+    staging = Staging(CpuDevice(DeviceInit()), 1 << 16, shared=True)
+    schedules = [
+        Schedule(
+            0,
+            new_rows=(NewRow(1, "a", (1, 2, 3), 1, SamplingParams(), 0, frozenset()),),
+            rows=(ScheduledRow(1, "a", 0, 3, (50, 51, 52), True),),
+        ),
+        Schedule(1, released=(1,)),  # nothing runs, so the device learns of it with the next step
+        Schedule(
+            2,
+            new_rows=(NewRow(1, "b", (7, 8), 1, SamplingParams(), 0, frozenset()),),
+            rows=(ScheduledRow(1, "b", 0, 2, (9,), True),),
+        ),
+    ]
+    for schedule in schedules:
+        table.apply(schedule)
+        if not schedule.is_empty:
+            staging.begin()
+            deltas = table.stage(staging)
+            staging.send()
+            table.flush(deltas)
+    assert table.block_table[1].tolist() == [9] + [0] * (table.max_blocks - 1) == table.host_block_table[1].tolist()
+    assert table.token_ids[1, :3].tolist() == [7, 8, 3]
+
+
+def test_what_a_failed_step_left_unsent_does_not_reach_the_slots_next_request():
+    table = RowTable(SEQS, LENGTH, SIZE, torch.device("cpu"))
+    staging = Staging(CpuDevice(DeviceInit()), 1 << 16, shared=True)
+    first = NewRow(1, "a", tuple(range(1, 30)), 1, SamplingParams(), 0, frozenset())
+    row = ScheduledRow(1, "a", 0, 29, tuple(range(50, 58)), True)
+    table.apply(Schedule(0, new_rows=(first,), rows=(row,)))  # and its launch fails before anything was staged
+    second = NewRow(1, "b", (7, 8), 1, SamplingParams(), 0, frozenset())
+    table.apply(Schedule(1, (1,), (second,), (ScheduledRow(1, "b", 0, 2, (9,), True),)))
+    staging.begin()
+    deltas = table.stage(staging)
+    staging.send()
+    table.flush(deltas)
+    assert table.block_table[1].tolist() == [9] + [0] * (table.max_blocks - 1) == table.host_block_table[1].tolist()
+    assert table.token_ids[1, :3].tolist() == [7, 8, 0]
 
 
 def test_taking_an_occupied_slot_is_caught():
@@ -92,41 +166,27 @@ KEYS = [GraphKey(1, 4, 4), GraphKey(1, 8, 8), GraphKey(0, 8, 32), GraphKey(2, 4,
     ],
 )
 def test_the_smallest_key_that_fits(step, level, key):
-    assert GraphDispatcher(KEYS, {"attention": level, "other": GraphSupport.ANY}).pick(*step) == key
+    assert GraphDispatcher(KEYS, {"attention": level, "other": GraphSupport.ANY}, 64, 99).pick(*step) == key
 
 
 def test_the_log_names_what_limits_graphs(caplog):
     with caplog.at_level("INFO"):
-        GraphDispatcher(KEYS, {"attention": GraphSupport.ANY, "slow sampler": GraphSupport.UNIFORM})
-    assert "slow sampler" in caplog.text
+        GraphDispatcher(KEYS, {"attention": GraphSupport.ANY, "slow op": GraphSupport.UNIFORM}, 8, 32)
+        GraphDispatcher(KEYS, {"attention": GraphSupport.ANY, "old op": GraphSupport.NEVER}, 8, 32)
+    assert "limited to steps of equal query lengths by slow op" in caplog.text
+    assert "no graphs are captured, as old op" in caplog.text
 
 
-class Buckets(GraphRunner):
-    """Runs eagerly, but pads to sizes as a graph would, and notes them."""
-
-    def __init__(self):
-        self.used = []
-
-    def keys(self):
-        return [GraphKey(1, size, size) for size in (2, 4, 8)] + [GraphKey(0, 8, 64)]
-
-    def run(self, key, work):
-        self.used.append(key)
-        return work()
-
-
-def test_padded_steps_give_the_same_tokens(checkpoint, monkeypatch):
-    import dataclasses
-
-    from quire_cpu_ref.attention import CpuRefAttention
-
-    prompts = [[5, 6, 7], [8] * 30, [9]]
-    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
-    options = {"dtype": "float32", "num_kv_blocks": 60, "max_num_seqs": 8, "max_num_batched_tokens": 64}
-    plain = LLM(checkpoint("qwen3"), **options).generate(prompts, params, use_tqdm=False)
-    runner = Buckets()
-    monkeypatch.setattr(CpuDevice, "graph_runner", lambda self: runner)
-    monkeypatch.setattr(CpuRefAttention, "caps", dataclasses.replace(CpuRefAttention.caps, graph=GraphSupport.ANY))
-    padded = LLM(checkpoint("qwen3"), **options).generate(prompts, params, use_tqdm=False)
-    assert [o.outputs[0].token_ids for o in padded] == [o.outputs[0].token_ids for o in plain]
-    assert {GraphKey(0, 8, 64), GraphKey(1, 4, 4)} <= set(runner.used)
+def test_keys_are_cut_to_the_largest_step():
+    any_ = {"attention": GraphSupport.ANY}
+    assert GraphDispatcher(KEYS, any_, 5, 20).keys == (
+        GraphKey(0, 5, 20),
+        GraphKey(2, 4, 8),
+        GraphKey(1, 5, 5),
+        GraphKey(1, 4, 4),
+    )
+    dispatcher = GraphDispatcher([GraphKey(1, 8, 8), GraphKey(2, 8, 16)], any_, 64, 3)
+    assert dispatcher.keys == (GraphKey(1, 3, 3), GraphKey(2, 1, 2))
+    assert GraphDispatcher([GraphKey(0, 64, 16)], any_, 32, 99).keys == (GraphKey(0, 16, 16),)
+    dispatcher.forget(GraphKey(1, 3, 3))
+    assert dispatcher.pick(1, 1, 1) is None

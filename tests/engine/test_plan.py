@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from quire import LLM, SamplingParams
 from quire.cli.app import app
 from quire.config import configure
 from quire.contract.device import MemoryInfo
@@ -33,8 +34,22 @@ def test_bytes_of_weights_and_kv_are_those_that_the_engine_takes():
     assert forms(found)["bfloat16", ""] == stored.num_bytes == 2 * found["parameters"]
     per_token = {row["dtype"]: row["bytes_per_token"] for row in found["kv"]}
     assert per_token[found["compute_dtype"]] * 8 == engine.parts.executor.kv_budget().bytes_per_block
-    assert per_token["float32"] == 2 * per_token["bfloat16"] == 2 * per_token["float16"]
+    assert per_token["float32"] == 2 * per_token["bfloat16"] == 2 * per_token["float16"] == 4 * per_token["fp8_e4m3"]
     assert all(row["bytes_per_request"] == row["bytes_per_token"] * 2048 for row in found["kv"])
+
+
+def test_an_8_bit_cache_takes_the_bytes_that_were_planned_and_loses_little(tmp_path):
+    """The bundled model answers as with the compute dtype; a token's keys and values take a byte each."""
+    question = [{"role": "user", "content": "What is 27+45?"}]
+    auto, small = (plan("quire-tiny", "--kv-cache-dtype", kind) for kind in ("auto", "fp8_e4m3"))
+    tokens = [found["weights"][0]["kv_tokens"] for found in (auto, small)]
+    assert tokens[1] > 3.9 * tokens[0]  # in float32
+    llm = LLM(kv_cache_dtype="fp8_e4m3", num_kv_blocks=40)
+    per_token = {row["dtype"]: row["bytes_per_token"] for row in small["kv"]}
+    assert llm.engine.parts.executor.kv_budget().bytes_per_block == 16 * per_token["fp8_e4m3"]
+    output = llm.chat(question, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    llm.shutdown()
+    assert output[0].outputs[0].text == "72"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "phi3", "olmo2"])

@@ -114,7 +114,7 @@ FAULTS = {
     "raises": (FakeEntryPoint("bad", Raises()), "rejected", "no luck"),
     "exits in hook": (FakeEntryPoint("bad", Exits()), "rejected", "SystemExit"),
     "wrapper": (FakeEntryPoint("bad", Wrapper()), "rejected", "wrapper"),
-    "returns None": (FakeEntryPoint("bad", Returns(None)), "rejected", "NoneType"),
+    "returns None": (FakeEntryPoint("bad", Returns(None)), "rejected", "returned None; return a list"),
     "returns text": (FakeEntryPoint("bad", Returns("log")), "rejected", "must yield Provider objects, not str"),
     "returns a number": (FakeEntryPoint("bad", Returns([1])), "rejected", "not int"),
     "future API": (FakeEntryPoint("bad", plugin(sink("x", api=99))), "incompatible", "needs API version 99"),

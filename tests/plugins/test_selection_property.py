@@ -77,22 +77,22 @@ def check(target):
 def test_select_takes_the_best_that_fits_and_names_strictly(offered, wanted):
     entries = [entry(name, [provider(*item) for item in items]) for name, items in offered.items()]
     host = PluginHost(entries, HostOptions())
-    everything = [(-priority, name, plugin, problem) for plugin, items in offered.items()
-                  for name, priority, problem in items] + [(0, "log", "core", "none")]  # fmt: skip
+    everything = [(-priority, True, name, plugin, problem) for plugin, items in offered.items()
+                  for name, priority, problem in items] + [(0, False, "log", "core", "none")]  # fmt: skip
     ordered = sorted(everything)
-    best = next(item for item in ordered if item[3] == "none")
+    best = next(item for item in ordered if item[4] == "none")
     chosen = host.select("metrics_sink", device_type="cpu", check=check)
-    assert (chosen.provider.name, chosen.plugin) == (best[1], best[2])
+    assert (chosen.provider.name, chosen.plugin) == (best[2], best[3])
     better = ordered[: ordered.index(best)]
-    assert [(item.provider.name, item.plugin) for item in chosen.rejected] == [(item[1], item[2]) for item in better]
+    assert [(item.provider.name, item.plugin) for item in chosen.rejected] == [(item[2], item[3]) for item in better]
     assert all(len(item.reasons) == 1 for item in chosen.rejected)
     table = host.explain("metrics_sink", device_type="cpu", check=check)
-    assert [bool(item.reasons) for item in table] == [item[3] != "none" for item in ordered]
+    assert [bool(item.reasons) for item in table] == [item[4] != "none" for item in ordered]
     assert [item.provider.name for item in table if item.chosen] == [chosen.provider.name]
 
-    owners = [item for item in everything if item[1] == wanted]
-    if len(owners) == 1 and owners[0][3] == "none":
-        assert host.select("metrics_sink", wanted, device_type="cpu", check=check).plugin == owners[0][2]
+    owners = [item for item in everything if item[2] == wanted]
+    if len(owners) == 1 and owners[0][4] == "none":
+        assert host.select("metrics_sink", wanted, device_type="cpu", check=check).plugin == owners[0][3]
     else:
         with pytest.raises(ConfigError):
             host.select("metrics_sink", wanted, device_type="cpu", check=check)

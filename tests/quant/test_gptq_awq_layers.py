@@ -107,8 +107,7 @@ TestAWQ = conformance("quantization", "awq")
 
 
 class TestGPTQByDequantization(TestGPTQ):
-    def init(self, dtype):
-        return replace(super().init(dtype), op=DequantOps(OpInit(CPU, 256)).build)
+    op = staticmethod(DequantOps(OpInit(CPU, 256)).build)
 
 
 @pytest.mark.parametrize("ops", [Int4PackOps, DequantOps])

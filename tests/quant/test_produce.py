@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from quire import LLM, ConfigError, SamplingParams
+from quire import LLM, ConfigError, SamplingParams, UnsupportedModel
 from quire.cli.app import app
 from quire.commands import resolve_checkpoint
 from quire.testing.tiny_models import make_checkpoint
@@ -194,8 +194,13 @@ def test_refusals(tmp_path):
     produce(source, tmp_path / "out", Recipe("rtn", 4, 32, sym=True), None)
     with pytest.raises(ConfigError, match="quantized already"):
         produce(resolve_checkpoint(str(tmp_path / "out")), tmp_path / "again", Recipe("rtn", 4, 32, sym=True), None)
-    with pytest.raises(ConfigError, match="not a plain decoder"):
-        produce(checkpoint("mixtral", tmp_path / "m"), tmp_path / "moe", Recipe("rtn", 4, 32, sym=True), None)
+    for architecture in ("mixtral", "qwen3_moe"):
+        experts = checkpoint(architecture, tmp_path / architecture)
+        with pytest.raises(UnsupportedModel, match=r"has experts.*`--quantization int8`"):
+            produce(experts, tmp_path / "moe", Recipe("rtn", 4, 32, sym=True), None)
+    with pytest.raises(UnsupportedModel, match="not a plain decoder"):
+        produce(checkpoint("gpt2", tmp_path / "g"), tmp_path / "moe", Recipe("rtn", 4, 32, sym=True), None)
+    assert not (tmp_path / "moe").exists()
 
 
 def test_the_command(tmp_path):

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quire import RequestError, SamplingParams
 from quire.contract.sampling import LogitsProcessor, ProcessorRequest, SamplerInit
-from quire.sampling.pipeline import NOT_FINITE, NOTHING_ALLOWED, SamplingPipeline, prompt_logprobs, validate_params
+from quire.sampling.logprobs import logprob_entries, logprob_figures
+from quire.sampling.pipeline import NOT_FINITE, NOTHING_ALLOWED, SamplingPipeline, validate_params
 from quire.sampling.processors import LogitBias, MinTokens, Penalties, TokenFilter
 from quire.sampling.sampler import TorchSampler
 
@@ -75,7 +76,10 @@ def test_penalties(prompt, output, split, repetition, frequency, presence):
 
 
 def run(pipe, logits, slots=(0,), lengths=(2,), buffer=None):
-    return pipe.run(logits.clone(), list(slots), list(lengths), token_buffer([1, 2]) if buffer is None else buffer)
+    buffer = token_buffer([1, 2]) if buffer is None else buffer
+    batch = pipe.columns(slots, lengths).batch(torch.from_numpy)
+    result = pipe.run(logits.clone(), list(slots), list(lengths), buffer, batch)
+    return result.read(result.tensors())
 
 
 def test_each_processor_changes_its_own_rows_only():
@@ -87,10 +91,10 @@ def test_each_processor_changes_its_own_rows_only():
     logits = torch.zeros(4, V)
     logits[:, 0] = 1.0
     result = run(pipe, logits, (3, 0, 1, 2), (2, 2, 2, 2))
-    assert result.token_ids.tolist() == [1, 3, 0, 5]
+    assert result.token_ids == [1, 3, 0, 5]
     # The two-token prompt has two outputs now, so the minimum is reached.
-    assert run(pipe, logits[:2], (3, 1), (4, 4)).token_ids.tolist() == [0, 0]
-    assert run(pipe, logits[:2], (3, 1), (3, 3)).token_ids.tolist() == [1, 0]
+    assert run(pipe, logits[:2], (3, 1), (4, 4)).token_ids == [0, 0]
+    assert run(pipe, logits[:2], (3, 1), (3, 3)).token_ids == [1, 0]
 
 
 def test_greedy_rows_skip_processors_that_leave_the_most_likely_token():
@@ -109,7 +113,7 @@ def test_greedy_rows_skip_processors_that_leave_the_most_likely_token():
     pipe.add(0, request(SamplingParams(temperature=0)), 0)
     pipe.add(1, request(SamplingParams(temperature=1)), 0)
     logits = torch.zeros(2, V)
-    assert run(pipe, logits, (0, 1), (2, 2)).token_ids.tolist() == [0, V - 1]
+    assert run(pipe, logits, (0, 1), (2, 2)).token_ids == [0, V - 1]
 
 
 def test_slots_forget_their_requests():
@@ -118,7 +122,7 @@ def test_slots_forget_their_requests():
     pipe.remove(0)
     pipe.add(0, request(SamplingParams(temperature=0)), 0)
     result = run(pipe, torch.arange(V).float()[None])
-    assert (result.token_ids.tolist(), result.logprobs) == ([V - 1], (None,))
+    assert (result.token_ids, result.logprobs) == ([V - 1], [None])
 
 
 def test_logprobs_are_raw_and_ranked():
@@ -136,7 +140,7 @@ def test_logprobs_are_raw_and_ranked():
 def test_prompt_logprobs_follow_their_targets():
     logits = torch.randn(5, V, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([3, 1, 4, 1, 5])
-    entries = prompt_logprobs(logits, targets, 0)
+    entries = logprob_entries(logprob_figures(logits, targets, [0] * 5), [0] * 5)
     exact = torch.log_softmax(logits.double(), -1)
     assert [entry.token_id for entry in entries] == targets.tolist()
     for row, entry in enumerate(entries):
@@ -163,7 +167,7 @@ def test_bad_rows_fail_alone():
     result = run(pipe, logits, (0, 1, 2, 3), (2, 2, 2, 2))
     assert "Broken" in result.errors[0]
     assert "oops" in result.errors[0]
-    assert result.errors[1:] == (None, NOT_FINITE, NOTHING_ALLOWED)
+    assert result.errors[1:] == [None, NOT_FINITE, NOTHING_ALLOWED]
 
 
 @pytest.mark.parametrize(

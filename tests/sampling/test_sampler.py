@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from quire.sampling.philox import philox, uniform
+from quire.sampling.philox import philox, seeded_uniform
 from quire.sampling.sampler import TorchSampler, candidate_weights
-from quire.testing.sampler import SamplerConformance
+from quire.testing.sampler import CHI_SQUARE_LIMIT, CLOSE_DRAWS, DRAWS, SamplerConformance, chi_square
 
 MASK = 0xFFFFFFFF
 
@@ -57,7 +57,7 @@ def test_philox_equals_scalar_on_random_input():
 def test_uniform_is_what_the_module_documents():
     seeds, positions = torch.tensor([5, -1, 2**62]), torch.tensor([0, 3, 2**40])
     for seed, position, ours in zip(
-        seeds.tolist(), positions.tolist(), uniform(seeds, positions).tolist(), strict=True
+        seeds.tolist(), positions.tolist(), seeded_uniform(seeds, positions).tolist(), strict=True
     ):
         seed %= 2**64
         x0, x1, *_ = scalar_philox((position & MASK, position >> 32, 0, 0), (seed & MASK, seed >> 32))
@@ -65,7 +65,7 @@ def test_uniform_is_what_the_module_documents():
 
 
 def test_uniform_is_uniform():
-    draws = uniform(torch.arange(50_000) % 100, torch.arange(50_000) // 100)
+    draws = seeded_uniform(torch.arange(50_000) % 100, torch.arange(50_000) // 100)
     counts = torch.histc(draws, 20, 0, 1)
     chi_square = ((counts - 2500) ** 2 / 2500).sum()
     assert chi_square < 50  # 19 degrees of freedom: exceeded once in ten thousand seeds
@@ -107,3 +107,19 @@ def test_tiny_temperature_is_greedy():
     logits = torch.tensor([1.0, 5.0, 4.9999])
     weights = candidate_weights(logits, 1e-30, 0, 1.0, 0.0)
     assert weights.tolist() == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(("draws", "off"), [(DRAWS, 0.06), (CLOSE_DRAWS, 0.03)])
+def test_the_kit_has_the_power_that_it_states(draws, off):
+    exact = torch.tensor([0.3, 0.2, 0.15, 0.12, 0.1, 0.06, 0.04, 0.03], dtype=torch.float64)
+    wrong = exact * (0.7 - off) / 0.7
+    wrong[0] = 0.3 + off
+    rng = np.random.default_rng(0)
+
+    def share_over_the_limit(chances):
+        trials = rng.multinomial(draws, chances.numpy(), size=3000)
+        values = [chi_square(torch.from_numpy(trial).double(), exact * draws) for trial in trials]
+        return sum(value > CHI_SQUARE_LIMIT[7] for value in values) / len(values)
+
+    assert share_over_the_limit(wrong) > 0.99
+    assert share_over_the_limit(exact) < 0.002

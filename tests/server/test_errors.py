@@ -69,6 +69,7 @@ def check_envelope(answer, status, param, code, *words):
             "unsupported_parameter",
             [],
         ),
+        (CHAT, {"messages": HELLO, "grammar": "root ::= x"}, "grammar", "unsupported_parameter", ["structured output"]),
         (CHAT, {"messages": HELLO, "tool_choice": "required"}, "tool_choice", "invalid_value", ["'required'"]),
         (CHAT, {"messages": HELLO, "functions": [{}]}, "functions", "unsupported_parameter", ["use tools"]),
         (CHAT, {"messages": HELLO, "store": True}, "store", "unsupported_parameter", ["nothing is stored"]),
@@ -97,6 +98,7 @@ def check_envelope(answer, status, param, code, *words):
         (TEXT, {"prompt": "x", "suffix": "y"}, "suffix", "unsupported_parameter", []),
         (TEXT, {"prompt": "x" * 20000}, "prompt", "context_length_exceeded", ["maximum context length is 2048"]),
         (TEXT, {"prompt": "x", "max_tokens": 0}, "max_tokens", "invalid_value", ["max_tokens is 0"]),
+        ("/tokenize", {"messages": []}, "messages", "invalid_value", ["at least 1"]),
         ("/tokenize", {}, "prompt", "invalid_value", ["either"]),
         ("/detokenize", {"tokens": [-3]}, "tokens", None, ["-3"]),
         ("/v1/embeddings", {"input": "x"}, None, "unsupported_model", ["pooling"]),
@@ -149,6 +151,18 @@ def test_unknown_fields_are_told_in_a_header_and_harmless_ones_are_not(http):
     assert answer.status_code == 200
     assert answer.headers["x-quire-ignored-fields"] == "wibble"
     assert "x-quire-ignored-fields" not in http.post(CHAT, json={"messages": HELLO, "max_tokens": 2}).headers
+    options = {"stream": True, "stream_options": {"include_obfuscation": False}}
+    told = http.post(CHAT, json={"messages": HELLO, "max_tokens": 2, **options}).headers["x-quire-ignored-fields"]
+    assert told == "stream_options.include_obfuscation"
+    for path, body in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [300]})):
+        assert http.post(path, json=body | {"wibble": 1}).headers["x-quire-ignored-fields"] == "wibble"
+        assert "x-quire-ignored-fields" not in http.post(path, json=body).headers
+
+
+def test_as_many_as_asked_for_may_be_called_best(http):
+    body = {"prompt": "x", "max_tokens": 1, "n": 2}
+    assert len(http.post(TEXT, json=body | {"best_of": 2}).json()["choices"]) == 2
+    check_envelope(http.post(TEXT, json=body | {"best_of": 1}), 400, "best_of", "unsupported_parameter", "n is 2")
 
 
 def test_null_is_the_same_as_leaving_a_field_out(http):

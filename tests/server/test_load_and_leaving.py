@@ -30,7 +30,9 @@ def test_a_full_queue_refuses_at_once(serve):
             assert refused.headers["retry-after"] == "1"
             assert refused.json()["error"]["code"] == "rate_limit_exceeded"
             assert client.get("/health").status_code == 200
+            assert client.get("/ready").status_code == 503
         wait_until(lambda: state.admission.num_requests == 0)
+        assert client.get("/ready").status_code == 200
         assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
         assert state.admission.refused == {"requests": 1, "tokens": 0, "draining": 0}
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import openai
+import pydantic
 import pytest
 
 QUESTION = [{"role": "user", "content": "What is 27+45?"}]
@@ -188,6 +189,20 @@ def test_token_ids_and_truncation(client):
     choice = answer.choices[0]
     assert len(choice.prompt_token_ids) == answer.usage.prompt_tokens == 3
     assert len(choice.token_ids) == answer.usage.completion_tokens
+
+
+def test_parsing_into_a_type_is_refused_before_anything_runs(client):
+    class Sum(pydantic.BaseModel):
+        value: int
+
+    with pytest.raises(openai.BadRequestError, match="structured output is not available") as caught:
+        client.chat.completions.parse(model="quire-tiny", messages=QUESTION, response_format=Sum)
+    assert (caught.value.param, caught.value.code) == ("response_format", "unsupported_parameter")
+    with pytest.raises(openai.BadRequestError, match="structured output is not available") as caught:
+        client.responses.parse(model="quire-tiny", input="What is 27+45?", text_format=Sum)
+    assert caught.value.param == "text"
+    plain = client.chat.completions.parse(model="quire-tiny", messages=QUESTION)
+    assert plain.choices[0].message.content == "72"
 
 
 def test_going_on_with_a_message(client):

@@ -2,10 +2,16 @@
 
 import logging
 import re
+import shutil
+import ssl
+import subprocess
 
 import httpx
 import pytest
 from pydantic import SecretStr
+from quire import ConfigError
+from quire_server.listener import check_tls
+from quire_server.settings import ServerSettings
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
 
@@ -24,6 +30,11 @@ def test_tokens_there_and_back(http):
     assert http.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": text}
     chat = http.post("/tokenize", json={"messages": [{"role": "user", "content": text}]}).json()
     assert text in http.post("/detokenize", json={"tokens": chat["tokens"]}).json()["prompt"]
+    thinking = {"messages": [{"role": "user", "content": text}], "chat_template_kwargs": {"enable_thinking": True}}
+    assert http.post("/tokenize", json=thinking).json()["tokens"] != chat["tokens"]
+    begun = {"messages": [*thinking["messages"], {"role": "assistant", "content": "7"}], "continue_final_message": True}
+    ids = http.post("/tokenize", json=begun | {"add_generation_prompt": False}).json()["tokens"]
+    assert http.post("/detokenize", json={"tokens": ids}).json()["prompt"].endswith("7")
     info = http.get("/tokenizer_info").json()
     assert info["chat_template"]
     assert set(map(str, info["stop_token_ids"])) <= set(info["special_tokens"])
@@ -85,6 +96,41 @@ def test_browsers_from_elsewhere_are_let_in_only_if_named(serve, server):
     assert allowed.headers["access-control-allow-origin"] == "https://a.example"
     assert "access-control-allow-origin" not in other.headers
     assert "access-control-allow-origin" not in httpx.get(f"{server}/version", headers=asked).headers
+
+
+def test_keys_share_no_prefixes(serve):
+    """How many tokens were found would tell one what another has asked."""
+    body = {"prompt": "a prompt that fills a block or two, whoever it is that asks for it", "max_tokens": 1}
+    with serve(api_keys=(SecretStr("first-key-11"), SecretStr("second-key-22"))) as (url, _, _):
+
+        def cached(key, **more):
+            answer = httpx.post(f"{url}/v1/completions", json=body | more, headers={"X-Api-Key": key}).json()
+            return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        assert cached("first-key-11") == cached("second-key-22") == 0
+        assert cached("first-key-11") == cached("second-key-22") > 0
+        assert cached("first-key-11", cache_salt="mine") == 0
+
+
+def test_tls(serve, tmp_path):
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names]
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl to make a certificate")
+    subprocess.run([*made, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    with serve(ssl_certfile=cert, ssl_keyfile=key) as (url, _, _):
+        assert url.startswith("https://")
+        trusting = ssl.create_default_context(cafile=cert)
+        assert httpx.get(f"{url}/ready", verify=trusting).json() == {"status": "ready"}
+    check_tls(ServerSettings(ssl_certfile=cert, ssl_keyfile=key))
+    for bad in (
+        {"ssl_certfile": tmp_path / "nowhere"},
+        {"ssl_certfile": key, "ssl_keyfile": cert},
+        {"ssl_keyfile": key},
+    ):
+        with pytest.raises(ConfigError, match=r"ssl-certfile|ssl_certfile"):
+            check_tls(ServerSettings(**bad))
 
 
 def test_served_names(serve):

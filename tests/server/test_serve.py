@@ -32,6 +32,7 @@ def quire_serve(*arguments, stderr=subprocess.PIPE, **more):
 class Served(NamedTuple):
     process: subprocess.Popen
     block: str
+    log: Path
 
 
 @contextlib.contextmanager
@@ -43,7 +44,7 @@ def serving(log, *arguments, **more):
         while "  try  " not in log.read_text():
             assert process.poll() is None, log.read_text()
             time.sleep(0.05)
-        yield Served(process, log.read_text())
+        yield Served(process, log.read_text(), log)
     finally:
         process.kill()
         process.wait()
@@ -84,6 +85,19 @@ def test_the_line_to_paste_works(tcp):
         assert told in tcp.block
 
 
+def test_it_says_what_it_loads_and_who_asked(tcp):
+    with httpx.Client(base_url=url(tcp)) as client:
+        client.get("/ready")
+        client.get("/v1/models", headers={"X-Request-Id": "asked-1"})
+    deadline = time.monotonic() + 5
+    while "asked-1" not in (log := tcp.log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)  # the line follows the answer
+    for phase in ("building the model: ", "loading weights: ", "packing: "):
+        assert log.index(phase) < log.index("ready in")
+    assert re.search(r"^info: GET '/v1/models' 200 \d+ ms asked-1$", log, re.MULTILINE)
+    assert "'/ready'" not in log
+
+
 def test_the_line_to_paste_works_over_a_unix_socket(uds):
     line = re.search(r"^  try +(.*)$", uds[1].block, re.MULTILINE)[1]
     if shutil.which("curl") is None:
@@ -94,8 +108,8 @@ def test_the_line_to_paste_works_over_a_unix_socket(uds):
 
 def test_a_busy_port_is_told_with_its_owner(tcp):
     port = url(tcp).rpartition(":")[2]
-    process = quire_serve("--port", port)
-    said = " ".join(process.communicate(timeout=60)[1].split())  # without the console's line breaks
+    with quire_serve("--port", port) as process:
+        said = " ".join(process.stderr.read().split())  # without the console's line breaks
     assert process.returncode == 5
     assert "Address already in use" in said
     assert "choose another with --port" in said

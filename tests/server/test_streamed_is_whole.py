@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from quire import Logprob, OutputDelta, SamplingParams
 from quire.contract.parsing import ParserInit
@@ -18,6 +18,7 @@ from quire_server.events import Usage
 from quire_server.generation import Job, _Tally, whole
 from quire_server.message_encoder import MessageEvents, whole_message
 from quire_server.response_encoder import ResponseEvents
+from quire_server.sse import Encoder
 
 META = Meta("id_1", 1, "m")
 TOOLS = ({"type": "function", "function": {"name": "f"}}, {"type": "function", "function": {"name": "g"}})
@@ -115,7 +116,7 @@ def folded_chat(chunks):
     return choices, usage
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(generations())
 def test_chat(generation):
     make, deltas = generation
@@ -138,7 +139,7 @@ def test_chat(generation):
         assert got["logprobs"] == expected["logprobs"]["content"]
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(generations())
 def test_cutting_changes_nothing(generation):
     """The same texts in one piece each give the same answer."""
@@ -156,7 +157,7 @@ def test_cutting_changes_nothing(generation):
     assert a["choices"] == b["choices"]
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(generations(parsed=False))
 def test_completions(generation):
     make, deltas = generation
@@ -187,6 +188,27 @@ def test_completions(generation):
         assert expected["token_ids"] == [token for delta in own for token in delta.token_ids]
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(generations(), generations(parsed=False), st.tuples(*[st.booleans()] * 4), st.booleans())
+def test_the_short_way_writes_the_same_bytes(chat, completion, told, only_echo):
+    logprobs, token_ids, usage, running = told
+    wants = Wants(0 if logprobs else None, token_ids, usage, running)
+
+    def completions(job):
+        of = {"echo": None, "only_echo": only_echo, "token_text": str}
+        return CompletionChunks(META, wants, job.num_choices, 1, job.num_prompt_tokens, **of)
+
+    def chats(job):
+        return ChatChunks(META, wants, job.num_choices, job.num_prompt_tokens)
+
+    for (make, deltas), encoder in ((chat, chats), (completion, completions)):
+        job = make()
+        quick, slow = encoder(job), encoder(job)
+        quick, slow = Encoder(list, quick.feed, quick=quick.quick), Encoder(list, slow.feed)
+        for event in events_of(job, deltas):
+            assert quick.written(event) == slow.written(event)
+
+
 def single(generation):
     """The generation's first choice alone, for APIs that know no others."""
     make, deltas = generation
@@ -196,7 +218,7 @@ def single(generation):
     return Job((submission,), job.parsers[:1]), [delta for delta in deltas if delta.index == 0]
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(generations())
 def test_messages(generation):
     job, deltas = single(generation)
@@ -219,7 +241,7 @@ def test_messages(generation):
     assert (message["stop_reason"] == "tool_use") == (choice.finish.reason == "tool_calls")
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(generations())
 def test_responses(generation):
     job, deltas = single(generation)

@@ -47,7 +47,7 @@ class QuireGroup(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            set_up_logging(bool(ctx.params.get("debug")))
+            set_up_logging(bool(ctx.params.get("debug")), bool(ctx.params.get("trace_plugins")))
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
@@ -65,7 +65,7 @@ class QuireGroup(typer.core.TyperGroup):
         found: dict[str, Any] | None = ctx.meta.get("quire.commands")
         if found is None:
             try:
-                set_up_logging(bool(ctx.params.get("debug")))
+                set_up_logging(bool(ctx.params.get("debug")), bool(ctx.params.get("trace_plugins")))
                 host = load_host(Globals.of(ctx.params))
                 found = _collect_commands(host, taken=set(self.commands))
             except QuireError as error:
@@ -140,6 +140,9 @@ def root(
     ] = None,
     strict_plugins: Annotated[
         bool, typer.Option("--strict-plugins", is_eager=True, help="A plugin that fails to load is an error.")
+    ] = False,
+    trace_plugins: Annotated[
+        bool, typer.Option("--trace-plugins", is_eager=True, help="Tell how plugins are found, called and chosen.")
     ] = False,
     config: Annotated[
         Path | None, typer.Option("--config", "-c", metavar="FILE", is_eager=True, help="YAML or TOML file.")

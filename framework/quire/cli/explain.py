@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from quire.choices import explain_point
 from quire.cli.console import note, print_table
-from quire.cli.session import open_session
+from quire.cli.session import Session, open_session
+from quire.engine.explained import LayerChoice, explain_layers
 from quire.loader.checkpoint import BUNDLED, resolve_checkpoint
+from quire.loader.outline import outline
 from quire.registry import Candidate
+from quire.resolve import resolve
+
+OF_A_MODEL = ("attention", "model", "quantization")
+"""Points whose choice depends on the model."""
 
 
 def explain(
@@ -24,18 +31,36 @@ def explain(
     session = open_session(context, {} if model is None else {"model": model})
     config = session.configured.config
     session.host.providers(point)  # an unknown point is the first thing to say
-    checkpoint = resolve_checkpoint(config.model, config.revision) if point in ("attention", "model") else None
+    checkpoint = resolve_checkpoint(config.model, config.revision) if point in OF_A_MODEL else None
     if checkpoint is not None and config.model is None:
         note(f"no model named: explained for the bundled {BUNDLED}")
     table = explain_point(config, session.host, point, checkpoint)
+    layers = _layers(session) if point == "quantization" else None
     if as_json:
-        typer.echo(json.dumps([_as_dict(candidate) for candidate in table], indent=2))
+        candidates = [_as_dict(candidate) for candidate in table]
+        whole = candidates if layers is None else {"candidates": candidates, "layers": [asdict(row) for row in layers]}
+        typer.echo(json.dumps(whole, indent=2))
         return
     rows = [
         (item.provider.name, item.plugin, str(item.provider.priority), "yes" if item.chosen else "no", _why(item))
         for item in table
     ]
     print_table(("NAME", "PLUGIN", "PRIORITY", "CHOSEN", "WHY"), rows)
+    if layers is not None:
+        print_table(
+            ("LAYERS", "", "WEIGHT", "MULTIPLIED BY", "BECAUSE"),
+            [(row.layers, str(row.count), row.form, row.op or "the method itself", _because(row)) for row in layers],
+        )
+
+
+def _layers(session: Session) -> list[LayerChoice]:
+    config = session.configured.config
+    checkpoint = outline(config.model, config.revision)
+    return explain_layers(resolve(session.configured, session.host, checkpoint), session.host)
+
+
+def _because(row: LayerChoice) -> str:
+    return row.why or ("" if row.op is None else "it stands first, or was asked for by name")
 
 
 def _why(item: Candidate) -> str:

@@ -75,10 +75,10 @@ def _parameter(name: str) -> inspect.Parameter:
 
 
 def _metavar(description: str) -> str:
-    if "'float32'" in description:
+    words = [("true or false", "TRUE|FALSE"), ("integer", "N"), ("list", "A,B"), ("text", "TEXT")]
+    found = next((short for word, short in words if word in description), None)
+    if found is None:  # a choice of words
         return description.replace("'", "").replace(" or ", "|").upper()
-    words = [("integer", "N"), ("list", "A,B"), ("text", "TEXT")]
-    found = next(short for word, short in words if word in description)
     return f"{found}|AUTO" if "'auto'" in description else found
 
 

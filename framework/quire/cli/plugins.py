@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quire.cli.console import note, print_table
+from quire.cli.new import new
 from quire.cli.session import open_session
 from quire.contract.provider import POINTS, Provider
 from quire.errors import ConfigError
+from quire.host.sources import why_not_found
 from quire.host.suggest import suggest
 from quire.registry import PluginHost
 
@@ -26,10 +28,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 
 def register(app: typer.Typer, explain: Callable[..., None]) -> None:
     """Add the commands."""
-    group = typer.Typer(no_args_is_help=True, help="See what plugins are there and what they offer.")
+    group = typer.Typer(no_args_is_help=True, help="See, test and write plugins.")
     group.command("list")(list_plugins)
     group.command("explain")(explain)
     group.command("test")(certify_plugin)
+    group.command("new")(new)
     app.add_typer(group, name="plugins")
 
 
@@ -63,7 +66,10 @@ def certify_plugin(
 
     host = open_session(context, {}).host
     if name not in host.reports:
-        raise ConfigError(f"there is no plugin called {name!r}", remedy=suggest(name, host.reports))
+        shipped = {report.distribution: report.name for report in host.reports.values()}
+        remedy = suggest(shipped.get(name, name), host.reports)
+        remedy = remedy if remedy.startswith("did") else f"{remedy}; {why_not_found(name)}"
+        raise ConfigError(f"there is no plugin called {name!r}", remedy=remedy)
     report = host.reports[name]
     providers = [provider for provider in report.providers if point in (None, provider.point)]
     if not providers:

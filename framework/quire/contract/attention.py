@@ -8,9 +8,12 @@ written there and block-table padding may be dereferenced.
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,6 +21,8 @@ from torch import Tensor
 
 KVCaches = tuple[Tensor, ...]
 """The cache tensors of one layer, in the order of `AttentionBackend.kv_spec`."""
+KV_DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"fp8_e4m3": torch.float8_e4m3fn})
+"""Names of the cache dtypes that are not the compute dtype, which is called `auto`."""
 
 
 class GraphSupport(IntEnum):
@@ -51,6 +56,8 @@ class AttentionLayer:
         sliding_window: how many tokens a query sees, itself included; None: all before it.
         logit_softcap: c in c·tanh(score/c); None: no cap.
         sinks: per-head logits [Hq] that take part in the softmax's denominator; None: none.
+        alibi_slopes: float32 [Hq]; slope · (key position - query position) is added to a score, after scale and
+            softcap (Press et al. 2022); None: nothing.
     """
 
     layer_id: int
@@ -62,6 +69,7 @@ class AttentionLayer:
     sliding_window: int | None = None
     logit_softcap: float | None = None
     sinks: Tensor | None = None
+    alibi_slopes: Tensor | None = None
 
     @property
     def features(self) -> frozenset[str]:
@@ -70,6 +78,7 @@ class AttentionLayer:
             "sliding_window": self.sliding_window is not None,
             "logit_softcap": self.logit_softcap is not None,
             "sinks": self.sinks is not None,
+            "alibi": self.alibi_slopes is not None,
             "v_head_dim": self.v_head_dim != self.head_dim,
         }
         return frozenset({"causal"} | {name for name, needed in optional.items() if needed})
@@ -153,7 +162,7 @@ class AttentionCaps:
     Attributes:
         device_types: torch device types.
         dtypes: dtypes of q, k, v and out.
-        kv_dtypes: names of cache dtypes; `auto` is the compute dtype.
+        kv_dtypes: names of cache dtypes: `auto`, the compute dtype, and those of `KV_DTYPES`.
         head_dims: allowed head sizes; None: any.
         block_sizes: a block size must be a multiple of one of these.
         features: see `AttentionLayer.features`.
@@ -161,7 +170,8 @@ class AttentionCaps:
         deterministic: True if a row's result is bitwise independent of the rest of the batch, of
             chunking and of prefix hits when `AttentionInit.deterministic` is set.
         needs_exact_host_lens: True if `plan` reads the host lengths as exact.
-        kv_tolerance: largest absolute error that the cache dtype adds, for the conformance kit.
+        kv_tolerance: largest absolute error that caches which hold less than their dtype says add, for the
+            conformance kit.
     """
 
     device_types: frozenset[str]
@@ -174,6 +184,15 @@ class AttentionCaps:
     deterministic: bool = False
     needs_exact_host_lens: bool = False
     kv_tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises TypeError for what would only be found out much later: text where a set is needed."""
+        kinds = {"device_types": str, "dtypes": torch.dtype, "kv_dtypes": str, "features": str}
+        examples = {"device_types": "'cpu'", "dtypes": "torch.float32", "kv_dtypes": "'auto'", "features": "'causal'"}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, frozenset) or not all(isinstance(item, kind) for item in value):
+                raise TypeError(f"AttentionCaps.{name} is {value!r}; write frozenset({{{examples[name]}}})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +209,7 @@ class AttentionInit:
         max_blocks_per_req: width of the block table.
         deterministic: results must be bitwise independent of batching and chunking.
         options: the validated instance of `Provider.options`, or None.
+        kv_dtype: name of the cache's dtype, one of `AttentionCaps.kv_dtypes`.
     """
 
     device: torch.device
@@ -201,6 +221,12 @@ class AttentionInit:
     max_blocks_per_req: int
     deterministic: bool = False
     options: Any = None
+    kv_dtype: str = "auto"
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Dtype of the cache's elements."""
+        return kv_cache_dtype(self.kv_dtype, self.dtype)
 
 
 class AttentionBackend(ABC):
@@ -217,7 +243,7 @@ class AttentionBackend(ABC):
         """Reasons why this layer cannot be served; empty if it can. Derived from `caps`."""
         caps, reasons = cls.caps, []
         if device_type not in caps.device_types:
-            reasons.append(f"device {device_type!r} is not one of {sorted(caps.device_types)}")
+            reasons.append(f"device {device_type!r} is not in its caps.device_types, {sorted(caps.device_types)}")
         if dtype not in caps.dtypes:
             reasons.append(f"dtype {dtype} is not one of {sorted(map(str, caps.dtypes))}")
         if caps.head_dims is not None and layer.head_dim not in caps.head_dims:
@@ -225,21 +251,34 @@ class AttentionBackend(ABC):
         if not any(block_size % size == 0 for size in caps.block_sizes):
             reasons.append(f"block size {block_size} is not a multiple of one of {caps.block_sizes}")
         if missing := sorted(layer.features - caps.features):
-            reasons.append(f"features {missing} are not supported")
+            alike = [name for word in missing for name in difflib.get_close_matches(word, caps.features, n=1)]
+            meant = f", which say {alike}" if alike else ""
+            reasons.append(f"features {missing} are not in its caps.features{meant}")
         return reasons
 
     @classmethod
     def kv_spec(cls, layer: AttentionLayer, block_size: int, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
-        """The layer's cache tensors, shapes per block; one block is contiguous in each."""
+        """The layer's cache tensors, shapes per block; one block is contiguous in each.
+
+        Args:
+            layer: the layer's facts. block_size: slots per block.
+            dtype: of the cache's elements: the compute dtype, or one that the caps list (`AttentionInit.cache_dtype`).
+        """
         return (
             TensorSpec("k", (block_size, layer.num_kv_heads, layer.head_dim), dtype),
             TensorSpec("v", (block_size, layer.num_kv_heads, layer.v_head_dim), dtype),
         )
 
     def write_kv(self, layer: AttentionLayer, k: Tensor, v: Tensor, kv: KVCaches, batch: AttentionBatch) -> None:
-        """Store k [T, Hkv, D] and v [T, Hkv, Dv] in the slots of `batch.slot_mapping`."""
+        """Store k [T, Hkv, D] and v [T, Hkv, Dv] in the slots of `batch.slot_mapping`.
+
+        What is beyond the range of an 8-bit cache becomes the largest number that it holds.
+        """
         for cache, value in zip(kv, (k, v), strict=True):
-            cache.view(-1, *cache.shape[2:]).index_copy_(0, batch.slot_mapping, value.to(cache.dtype))
+            stored = in_cache_dtype(value, cache.dtype)
+            if cache.dtype.itemsize == 1:  # torch indexes bytes, but no 8-bit floats
+                cache, stored = cache.view(torch.uint8), stored.view(torch.uint8)
+            cache.view(-1, *cache.shape[2:]).index_copy_(0, batch.slot_mapping, stored)
 
     def prepare_qkv(self, step: QKVStep) -> tuple[Tensor, Tensor, Tensor]:
         """Split the projection, norm, rotate, write the cache; returns q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, Dv].
@@ -252,6 +291,21 @@ class AttentionBackend(ABC):
         k = apply_rotary(head_norm(k, step.k_norm), step.cos, step.sin, step.rotary_style)
         self.write_kv(step.layer, k, v, step.kv, step.batch)
         return q, k, v
+
+    def sees(self, layer: AttentionLayer, query: Tensor, key: Tensor) -> Tensor | None:
+        """Which keys queries attend to, beyond what `layer` says; None, the default: all that it allows.
+
+        A backend that leaves keys out on purpose says here which it keeps. Quire then warns at the start
+        that results are not the model's, and the conformance kit expects exact attention over these keys.
+
+        Args:
+            layer: the layer's facts.
+            query: int64 [q, 1], positions of queries. key: int64 [k], positions of keys.
+
+        Returns:
+            bool [q, k], or None. A query must see its own position.
+        """
+        return None
 
     def plan(self, batch: AttentionBatch) -> Any:
         """Prepare one step for all layers, outside any graph, after padding.
@@ -284,6 +338,19 @@ class AttentionBackend(ABC):
             plan: what `plan` returned for this step.
             out: [T, Hq, Dv], preallocated, not initialised.
         """
+
+
+def kv_cache_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a cache: of a name of `KV_DTYPES`, or for `auto` the compute dtype."""
+    return dtype if name == "auto" else KV_DTYPES[name]
+
+
+def in_cache_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as a cache of this dtype holds it."""
+    if dtype.itemsize == 1:  # torch before 2.13 makes NaN of what is out of range
+        largest = torch.finfo(dtype).max
+        x = x.clamp(-largest, largest)
+    return x.to(dtype)
 
 
 def split_qkv(step: QKVStep) -> tuple[Tensor, Tensor, Tensor]:

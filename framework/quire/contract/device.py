@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,10 +13,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class MemoryInfo:
-    """Bytes of the device: in all, and free to this process now."""
+    """Bytes of the device: in all, and free to this process now.
+
+    Attributes:
+        total: in all. free: what this process may still take.
+        kv_share: share of the free bytes that becomes the KV pool unless the user says more; the rest is for
+            whatever else runs on the machine.
+    """
 
     total: int
     free: int
+    kv_share: float = 0.5
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -52,12 +59,37 @@ class GraphRunner(ABC):
     def run(self, key: GraphKey | None, work: Callable[[], Any]) -> Any:
         """Run `work`, or its captured form for `key`; None: eagerly.
 
-        For one key, `work` reads and writes the same addresses every time.
+        For one key, `work` reads and writes the same addresses every time. The result of a captured form is
+        overwritten by the next run with the same key.
+        """
+
+    def capture(self, key: GraphKey, work: Callable[[], Any]) -> None:
+        """Prepare `run` for this key, before anything is served: largest keys first. Raises if it cannot be done.
+
+        `work` may be run any number of times; it computes on padding. The default prepares nothing.
         """
 
 
+class HostCopy:
+    """A copy to the host that was started. This one had ended when it was made; others derive theirs."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tuple(tensors)
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """The tensors on the CPU, once they have arrived. Raises what the device's work failed with."""
+        return self._tensors
+
+
 class Device(ABC):
-    """One device. Nothing else in Quire asks for memory, streams or graphs."""
+    """One device. Nothing else in Quire asks for memory, streams or graphs.
+
+    Work is handed to a device in order. A device that says `runs_async` returns from a call before its work
+    has ended; `copy_to_host` and `synchronize` are then the only ways to learn that it has.
+    """
+
+    runs_async: ClassVar[bool] = False
+    """True if calls return before their work has ended, so that the host may prepare the next step meanwhile."""
 
     def __init__(self, init: DeviceInit) -> None:
         self.init = init
@@ -85,3 +117,18 @@ class Device(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until all work that was handed to the device has ended."""
+
+    def copy_to_host(self, tensors: Sequence[Tensor]) -> HostCopy:
+        """Start to copy the tensors, behind all work that was handed over before.
+
+        They must not be written until the copy was waited for. With no tensors at all it is that work which is
+        waited for. The default copies at once.
+        """
+        return HostCopy([tensor.to("cpu", copy=True) for tensor in tensors])
+
+    def peak_memory(self, work: Callable[[], Any]) -> int:
+        """Bytes that `work` needs for a while, beyond what is held after it; it is run to measure them.
+
+        The default runs nothing and answers 0: the host's memory grows as it is needed.
+        """
+        return 0

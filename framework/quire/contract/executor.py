@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from quire.contract.request import Schedule, StepResult
 
@@ -28,14 +28,21 @@ class ExecutorInit:
 
 @dataclass(frozen=True, slots=True)
 class KVBudget:
-    """What the pool can be: bytes of one block over all layers, and bytes free for blocks."""
+    """What the pool can be: bytes of one block over all layers, and bytes free for blocks.
+
+    `kv_share` is the share of the free bytes that the pool takes by itself, as in `MemoryInfo`.
+    """
 
     bytes_per_block: int
     free_bytes: int
+    kv_share: float = 0.5
 
 
 class Executor(ABC):
-    """Runs schedules. Called from the engine's thread only."""
+    """Runs schedules, in the order in which they are handed over. Called from the engine's thread only."""
+
+    max_in_flight: ClassVar[int] = 1
+    """Schedules that may be handed over before the first one's result is asked for; 2 lets steps overlap."""
 
     def __init__(self, init: ExecutorInit) -> None:
         self.init = init
@@ -54,7 +61,11 @@ class Executor(ABC):
 
     @abstractmethod
     def step(self, schedule: Schedule) -> Future[StepResult]:
-        """Run one schedule. A failure of the step as a whole is the future's exception."""
+        """Run one schedule. A failure of the step as a whole is the future's exception.
+
+        With `max_in_flight` 2 the future may be asked after the next `step`; results are asked for in order.
+        An empty schedule only tells what was released; its result may be ignored.
+        """
 
     @abstractmethod
     def health(self) -> str | None:

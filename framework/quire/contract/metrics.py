@@ -19,8 +19,9 @@ class StepStats:
         kv_used_blocks: blocks owned. kv_total_blocks: blocks in the pool.
         prefix_query_tokens: total tokens looked up in the prefix cache. prefix_hit_tokens: total found.
         num_preemptions: total. num_finished: requests that ended in this step.
-        schedule_s, build_s, forward_s, sample_s, update_s: where the time went.
+        schedule_s, build_s, forward_s, sample_s, update_s: where the host's time went.
         token_gaps: (seconds since the step that gave a sequence its tokens before, number of such sequences).
+        wait_s: how long the host waited for the device.
 
     Totals count from 0 again when the engine's process has been replaced.
     """
@@ -44,6 +45,7 @@ class StepStats:
     sample_s: float
     update_s: float
     token_gaps: tuple[tuple[float, int], ...] = ()
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from quire.contract.attention import AttentionBackend, AttentionBatch, AttentionLayer, KVCaches, QKVStep
+from quire.contract.attention import AttentionBackend, AttentionBatch, AttentionLayer, GraphSupport, KVCaches, QKVStep
 from quire.contract.ops import LinearSpec, OpSpec
 from quire.contract.quant import QuantLinear
 
@@ -92,6 +92,9 @@ class ModelInit:
 
 class CausalLM(nn.Module, ABC):
     """A decoder. Built on the meta device; weights arrive by name, then `finalize` packs them."""
+
+    graph: ClassVar[GraphSupport] = GraphSupport.NEVER
+    """Which batches `forward` can run inside a captured graph, beside what attention and operations allow."""
 
     attention_layers: tuple[AttentionLayer, ...]
     vocab_size: int

@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from quire.contract.attention import GraphSupport
+
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
@@ -212,6 +214,13 @@ class OpSet(ABC):
     def why_not(self, spec: OpSpec) -> list[str]:
         """Reasons why this spec cannot be served; empty if it can."""
         return [] if spec.kind in self.kinds else [f"operation {spec.kind!r} is not one of {sorted(self.kinds)}"]
+
+    def graph_support(self, spec: OpSpec) -> GraphSupport:
+        """Which batches the implementation of this spec can serve inside a captured graph.
+
+        There it may not ask the device for a value, nor choose shapes by values. The default says never.
+        """
+        return GraphSupport.NEVER
 
     @abstractmethod
     def build(self, spec: OpSpec) -> Any:

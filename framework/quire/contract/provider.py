@@ -7,7 +7,7 @@ callable that says why this machine cannot run it, so listing plugins never impo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
@@ -52,6 +52,8 @@ class Point:
         current: newest API version.
         tier: `stable` changes only with a new version and two releases of warning.
         summary: one line that says what a provider decides.
+        adapters: for an older version that is still served, `"module:function"` that turns a target of it
+            into one of the next; a version without one only lacks what was added since.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Point:
     current: int
     tier: Tier
     summary: str
+    adapters: Mapping[int, str] = field(default_factory=dict)
 
 
 def _table(*points: Point) -> Mapping[str, Point]:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from quire.contract.attention import GraphSupport
 from quire.contract.ops import LinearSpec, OpSpec
 from quire.errors import ConfigError
 
@@ -53,7 +54,7 @@ class QuantTensor:
         shape: as stored, for one unfused layer.
         dtype: as stored.
         out_dim: dimension that runs along the output features, so that q, k and v can be
-            concatenated along it; None: the tensor must be equal in all of them.
+            concatenated along it (a scalar with 0: one for each of them, [S]); None: the tensor must be equal in all.
         required: False if the checkpoint may lack it.
     """
 
@@ -67,12 +68,22 @@ class QuantTensor:
 class QuantLinear(ABC):
     """The quantized form of one linear layer, or of several fused along their outputs."""
 
+    graph: ClassVar[GraphSupport] = GraphSupport.NEVER
+    """Which batches `forward` can serve inside a captured graph, as in `OpSet.graph_support`."""
+
     def __init__(self, spec: LinearSpec) -> None:
         self.spec = spec
 
     @abstractmethod
     def tensors(self) -> tuple[QuantTensor, ...]:
         """What to read from the checkpoint for a layer of `spec`'s size."""
+
+    def operation(self) -> OpSpec | None:
+        """What it will ask `QuantInit.op` for, as far as headers tell; None: it multiplies by itself.
+
+        For `quire plugins explain quantization`, which reads no tensors.
+        """
+        return None
 
     @abstractmethod
     def finalize(self, tensors: Mapping[str, Tensor], device: torch.device) -> Any:

@@ -243,7 +243,9 @@ class StepResult:
     Attributes:
         step_id: the schedule's.
         rows: one result per scheduled row.
-        build_s: seconds spent building the batch. forward_s: in the model. sample_s: in sampling.
+        build_s: seconds spent building the batch. forward_s: in the model. sample_s: in sampling. On a device
+            that runs ahead of the host these are the host's own, and
+        wait_s: seconds that it waited for the results.
     """
 
     step_id: int
@@ -251,3 +253,4 @@ class StepResult:
     build_s: float = 0.0
     forward_s: float = 0.0
     sample_s: float = 0.0
+    wait_s: float = 0.0

@@ -103,12 +103,16 @@ class ProcessorContext:
         slots: the slot of each row, R of them.
         num_tokens: known tokens of each row's request, prompt and output.
         token_ids: int32 [max_num_reqs, max_model_len] on the device; row `slots[i]` begins with the
-            `num_tokens[i]` tokens known so far. Read only.
+            `num_tokens[i]` tokens known so far. Read only. The newest may have been sampled by a step that the
+            device has not finished, so reading it from the host would wait for that.
+        host_token_ids: for a processor with `needs_host_tokens`: the same tokens of each row on the host
+            (empty for rows that do not need them); else nothing at all.
     """
 
     slots: Sequence[int]
     num_tokens: Sequence[int]
     token_ids: Tensor
+    host_token_ids: Sequence[Sequence[int]] = ()
 
 
 class LogitsProcessor(ABC):
@@ -122,6 +126,17 @@ class LogitsProcessor(ABC):
 
     def __init__(self, init: SamplerInit) -> None:
         self.init = init
+
+    @classmethod
+    def needs_host_tokens(cls, params: SamplingParams) -> bool:
+        """Whether, for a request with these parameters, `apply` needs the newest token's id on the host.
+
+        Steps overlap: a step is launched while the one before it runs, whose tokens only the device knows.
+        Tensor operations on `ProcessorContext.token_ids` need not care. A processor that follows the output
+        in Python (a grammar, say) returns True here; its requests then take part only in steps that are
+        launched after their last token has arrived, and it finds the tokens in `host_token_ids`.
+        """
+        return False
 
     @classmethod
     def validate(cls, params: SamplingParams, vocab_size: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from quire.contract.kv import KVAllocator
 from quire.contract.request import FinishReason, Request, Schedule, StepResult, TokenLogprobs
+from quire.params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,8 @@ class SchedulerInit:
         max_model_len: most tokens of one request, prompt and output.
         clock: seconds, monotonic.
         options: the validated instance of `Provider.options`, or None.
+        needs_host_tokens: whether a request with these parameters may be scheduled only when the ids of all its
+            tokens are known to the host (`LogitsProcessor.needs_host_tokens`); it skips the steps between.
     """
 
     allocator: KVAllocator
@@ -99,6 +102,7 @@ class SchedulerInit:
     max_model_len: int
     clock: Callable[[], float]
     options: Any = None
+    needs_host_tokens: Callable[[SamplingParams], bool] = lambda params: False
 
 
 @dataclass(frozen=True, slots=True)

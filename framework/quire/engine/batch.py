@@ -1,4 +1,4 @@
-"""Builds a step's inputs from the schedule and the rows: vectorised, into buffers that are reused."""
+"""Builds a step's inputs from the schedule and the rows: vectorised, sent to the device in one copy."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.contract.attention import AttentionBatch
-from quire.contract.device import Device, GraphKey
+from quire.contract.device import GraphKey
 from quire.contract.kv import NULL_BLOCK
 from quire.contract.request import ScheduledRow
 from quire.engine.rows import RowTable
+from quire.engine.staging import Reserved, Staging
+
+IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,131 +38,159 @@ class StepInputs:
     num_tokens: int
 
 
-class _Buffer:
-    """A host tensor with its device twin; on a CPU device they are one."""
+@dataclass(frozen=True, slots=True)
+class StagedBatch:
+    """Inputs on their way to the device, and what the host knows of them. `key`: what they are padded to, if anything.
 
-    def __init__(self, device: Device, shape: Sequence[int], dtype: torch.dtype) -> None:
-        self.host = device.host_buffer(shape, dtype)
-        target = device.torch_device()
-        self.device = self.host if target.type == "cpu" else torch.zeros(*shape, dtype=dtype, device=target)
-        self.array: NDArray[np.int64] = self.host.numpy()
+    `uniform_query_len`, `max_query_len`, `max_seq_len`, `num_reqs`, `num_tokens` as in `AttentionBatch`.
+    """
 
-    def send(self, length: int) -> Tensor:
-        """The first `length` entries on the device."""
-        if self.device is not self.host:
-            self.device[:length].copy_(self.host[:length], non_blocking=True)
-        return self.device[:length]
+    key: GraphKey | None
+    num_reqs: int
+    num_tokens: int
+    num_real_tokens: int
+    uniform_query_len: int
+    max_query_len: int
+    max_seq_len: int
+    query_start_loc: Reserved
+    seq_lens: Reserved
+    slot_mapping: Tensor
+    positions: Tensor
+    token_index: Tensor
+    slots: Tensor
+    sample_rows: Tensor
 
 
 class BatchBuilder:
-    """Turns scheduled rows into `StepInputs`.
+    """Turns scheduled rows into `StepInputs`: `stage`, then the staging's `send`, then `inputs`.
 
     Args:
         rows: the persistent rows; the schedule must have been applied to them.
-        device: where the inputs go.
+        staging: the step's buffer.
         max_num_tokens: largest step.
         block_size: slots per KV block.
     """
 
-    def __init__(self, rows: RowTable, device: Device, max_num_tokens: int, block_size: int) -> None:
-        max_num_seqs = rows.block_table.shape[0]
+    def __init__(self, rows: RowTable, staging: Staging, max_num_tokens: int, block_size: int) -> None:
+        max_num_seqs, device = rows.token_ids.shape[0], rows.token_ids.device
         self._rows = rows
+        self._staging = staging
         self._block_size = block_size
         self._width = rows.token_ids.shape[1]
         self._offsets = np.arange(max_num_tokens, dtype=np.int64)
-        self._query_start_loc = _Buffer(device, (max_num_seqs + 1,), torch.int32)
-        self._seq_lens = _Buffer(device, (max_num_seqs,), torch.int32)
-        self._block_table = _Buffer(device, (max_num_seqs, rows.max_blocks), torch.int32)
-        self._slot_mapping = _Buffer(device, (max_num_tokens,), torch.int64)
-        self._positions = _Buffer(device, (max_num_tokens,), torch.int64)
-        self._token_index = _Buffer(device, (max_num_tokens,), torch.int64)
-        self._sample_rows = _Buffer(device, (max_num_seqs,), torch.int64)
-
-    def build(self, rows: Sequence[ScheduledRow], key: GraphKey | None) -> StepInputs:
-        """Inputs for these rows, padded to `key`, or exact without one. Valid until the next call."""
-        num_reqs, slots, computed, new = self._columns(rows)
-        num_tokens = int(new.sum())
-        padded_reqs, padded_tokens = (key.num_reqs, key.num_tokens) if key else (num_reqs, num_tokens)
-        starts = self._fill_lengths(num_reqs, padded_reqs, computed, new)
-        self._fill_tokens(num_tokens, padded_tokens, slots, computed, new, starts)
-        samples = np.flatnonzero([row.samples for row in rows])
-        self._sample_rows.array[: len(samples)] = starts[1:][samples] - 1
-        attention = self._attention(num_reqs, padded_reqs, padded_tokens, slots, new, key)
-        token_index = self._token_index.send(padded_tokens)
-        return StepInputs(
-            input_ids=self._rows.token_ids.view(-1)[token_index].long(),
-            positions=self._positions.send(padded_tokens),
-            attention=attention,
-            sample_rows=self._sample_rows.send(len(samples)),
-            num_tokens=num_tokens,
-        )
+        # A graph reads its inputs at the same addresses every time.
+        self._input_ids = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
+        self._block_table = torch.zeros(max_num_seqs, rows.max_blocks, dtype=torch.int32, device=device)
 
     @staticmethod
-    def _columns(
-        rows: Sequence[ScheduledRow],
-    ) -> tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        table = np.array([(row.slot, row.num_computed_tokens, row.num_new_tokens) for row in rows], dtype=np.int64)
-        slots, computed, new = table.reshape(-1, 3).T
-        return len(rows), slots, computed, new
+    def num_bytes(max_num_seqs: int, max_num_tokens: int) -> int:
+        """Bytes of the largest step in the staging's buffer."""
+        return 24 * max_num_tokens + 24 * max_num_seqs + 1024
 
-    def _fill_lengths(
-        self, num_reqs: int, padded_reqs: int, computed: NDArray[np.int64], new: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        starts = np.zeros(num_reqs + 1, dtype=np.int64)
-        np.cumsum(new, out=starts[1:])
-        self._query_start_loc.array[: num_reqs + 1] = starts
-        self._query_start_loc.array[num_reqs + 1 : padded_reqs + 1] = starts[-1]
-        self._seq_lens.array[:num_reqs] = computed + new
-        self._seq_lens.array[num_reqs:padded_reqs] = 0
-        return starts
+    def stage(self, rows: Sequence[ScheduledRow], key: GraphKey | None) -> StagedBatch:
+        """Fill the step's buffer, padded to `key`, or exact without one. To be called first after `begin`.
 
-    def _fill_tokens(
-        self,
-        num_tokens: int,
-        padded_tokens: int,
-        slots: NDArray[np.int64],
-        computed: NDArray[np.int64],
-        new: NDArray[np.int64],
-        starts: NDArray[np.int64],
-    ) -> None:
-        positions = self._offsets[:num_tokens] - np.repeat(starts[:-1] - computed, new)
-        slot_of_token = np.repeat(slots, new)
-        blocks = self._rows.block_table[slot_of_token, positions // self._block_size].astype(np.int64)
-        self._positions.array[:num_tokens] = positions
-        self._token_index.array[:num_tokens] = slot_of_token * self._width + positions
-        self._slot_mapping.array[:num_tokens] = blocks * self._block_size + positions % self._block_size
-        padding = self._offsets[: padded_tokens - num_tokens]
-        self._positions.array[num_tokens:padded_tokens] = 0
-        self._token_index.array[num_tokens:padded_tokens] = 0
-        null_slot = NULL_BLOCK * self._block_size
-        self._slot_mapping.array[num_tokens:padded_tokens] = null_slot + padding % self._block_size
-
-    def _attention(
-        self,
-        num_reqs: int,
-        padded_reqs: int,
-        padded_tokens: int,
-        slots: NDArray[np.int64],
-        new: NDArray[np.int64],
-        key: GraphKey | None,
-    ) -> AttentionBatch:
-        max_query_len = int(new.max())
-        max_seq_len = int(self._seq_lens.array[:num_reqs].max())
-        # A graph's addresses and shapes may not change, so its table has full width.
-        width = self._rows.max_blocks if key else -(-max_seq_len // self._block_size)
-        self._block_table.array[:num_reqs, :width] = self._rows.block_table[slots, :width]
-        self._block_table.array[num_reqs:padded_reqs, :width] = NULL_BLOCK
-        return AttentionBatch(
+        No rows at all make a step of padding only.
+        """
+        slots, computed, new = _columns(rows)
+        num_reqs, num_tokens = len(rows), int(new.sum())
+        padded_reqs, padded_tokens = (key.num_reqs, key.num_tokens) if key else (num_reqs, num_tokens)
+        starts, query_start_loc, seq_lens = self._stage_lengths(padded_reqs, computed, new)
+        positions, token_index, slot_mapping = self._stage_tokens(padded_tokens, slots, computed, new, starts)
+        slot_room = self._staging.reserve(padded_reqs, torch.int64)
+        slot_room.array[:num_reqs] = slots
+        slot_room.array[num_reqs:] = self._rows.padding_slot
+        samples = np.flatnonzero([row.samples for row in rows])
+        longest = int(new.max(initial=0))
+        return StagedBatch(
+            key=key,
             num_reqs=padded_reqs,
             num_tokens=padded_tokens,
-            uniform_query_len=max_query_len if int(new.min()) == max_query_len else 0,
-            max_query_len=max_query_len,
-            max_seq_len=max_seq_len,
-            block_size=self._block_size,
-            query_start_loc=self._query_start_loc.send(padded_reqs + 1),
-            seq_lens=self._seq_lens.send(padded_reqs),
-            block_table=self._block_table.send(padded_reqs)[:, :width],
-            slot_mapping=self._slot_mapping.send(padded_tokens),
-            query_start_loc_host=self._query_start_loc.host[: padded_reqs + 1],
-            seq_lens_host=self._seq_lens.host[:padded_reqs],
+            num_real_tokens=num_tokens,
+            # A graph's scalars must not change either: bounds that hold for every step of its size.
+            uniform_query_len=key.uniform_query_len if key else longest * int(new.min(initial=longest) == longest),
+            max_query_len=(key.uniform_query_len or key.num_tokens) if key else longest,
+            max_seq_len=self._rows.max_blocks * self._block_size if key else int((computed + new).max(initial=0)),
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens,
+            slot_mapping=slot_mapping,
+            positions=positions,
+            token_index=token_index,
+            slots=slot_room.device,
+            sample_rows=self._staging.put(starts[1:][samples] - 1),
         )
+
+    def inputs(self, staged: StagedBatch) -> StepInputs:
+        """The inputs on the device, once the buffer has been sent and the rows' changes flushed."""
+        input_ids, block_table = self._gathered(staged)
+        return StepInputs(
+            input_ids=input_ids,
+            positions=staged.positions,
+            attention=AttentionBatch(
+                num_reqs=staged.num_reqs,
+                num_tokens=staged.num_tokens,
+                uniform_query_len=staged.uniform_query_len,
+                max_query_len=staged.max_query_len,
+                max_seq_len=staged.max_seq_len,
+                block_size=self._block_size,
+                query_start_loc=staged.query_start_loc.device,
+                seq_lens=staged.seq_lens.device,
+                block_table=block_table,
+                slot_mapping=staged.slot_mapping,
+                query_start_loc_host=staged.query_start_loc.host,
+                seq_lens_host=staged.seq_lens.host,
+            ),
+            sample_rows=staged.sample_rows,
+            num_tokens=staged.num_real_tokens,
+        )
+
+    def _gathered(self, staged: StagedBatch) -> tuple[Tensor, Tensor]:
+        """Token ids and block tables, from where they live on the device."""
+        tokens = self._rows.token_ids.view(-1).index_select(0, staged.token_index)
+        if staged.key is None:
+            width = -(-staged.max_seq_len // self._block_size)
+            return tokens.long(), self._rows.block_table[:, :width].index_select(0, staged.slots)
+        input_ids, block_table = self._input_ids[: staged.num_tokens], self._block_table[: staged.num_reqs]
+        input_ids.copy_(tokens)
+        torch.index_select(self._rows.block_table, 0, staged.slots, out=block_table)
+        return input_ids, block_table
+
+    def _stage_lengths(
+        self, padded_reqs: int, computed: IntArray, new: IntArray
+    ) -> tuple[IntArray, Reserved, Reserved]:
+        num_reqs = len(new)
+        starts = np.zeros(num_reqs + 1, dtype=np.int64)
+        np.cumsum(new, out=starts[1:])
+        query_start_loc = self._staging.reserve(padded_reqs + 1, torch.int32)
+        query_start_loc.array[: num_reqs + 1] = starts
+        query_start_loc.array[num_reqs + 1 :] = starts[-1]
+        seq_lens = self._staging.reserve(padded_reqs, torch.int32)
+        seq_lens.array[:num_reqs] = computed + new
+        seq_lens.array[num_reqs:] = 0
+        return starts, query_start_loc, seq_lens
+
+    def _stage_tokens(
+        self, padded_tokens: int, slots: IntArray, computed: IntArray, new: IntArray, starts: IntArray
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Position, place in the table of tokens, and slot of the cache of each token."""
+        num_tokens = int(starts[-1])
+        rooms = [self._staging.reserve(padded_tokens, torch.int64) for _ in range(3)]
+        position, index, cache_slot = (room.array for room in rooms)
+        positions = self._offsets[:num_tokens] - np.repeat(starts[:-1] - computed, new)
+        slot_of_token = np.repeat(slots, new)
+        blocks = self._rows.host_block_table[slot_of_token, positions // self._block_size].astype(np.int64)
+        position[:num_tokens] = positions
+        position[num_tokens:] = 0
+        index[:num_tokens] = slot_of_token * self._width + positions
+        index[num_tokens:] = 0
+        cache_slot[:num_tokens] = blocks * self._block_size + positions % self._block_size
+        null_slot, padding = NULL_BLOCK * self._block_size, self._offsets[: padded_tokens - num_tokens]
+        cache_slot[num_tokens:] = null_slot + padding % self._block_size
+        return rooms[0].device, rooms[1].device, rooms[2].device
+
+
+def _columns(rows: Sequence[ScheduledRow]) -> tuple[IntArray, IntArray, IntArray]:
+    """Slots, computed and new tokens of the rows."""
+    table = np.array([(row.slot, row.num_computed_tokens, row.num_new_tokens) for row in rows], dtype=np.int64)
+    slots, computed, new = table.reshape(-1, 3).T
+    return slots, computed, new

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from quire.config import Configured, EngineConfig, configure, core_sections, with_defaults
 from quire.config_sections import check_sections
@@ -14,7 +17,7 @@ from quire.contract.attention import AttentionBackend, AttentionInit
 from quire.contract.executor import Executor, ExecutorInit
 from quire.contract.kv import KVAllocator, KVInit
 from quire.contract.metrics import MetricsInit, StepStats
-from quire.contract.model import CausalLM, ModelInit
+from quire.contract.model import CausalLM, LayerFactory, ModelInit
 from quire.contract.ops import OpInit
 from quire.contract.quant import QuantInit, QuantMethod
 from quire.contract.sampling import SamplerInit
@@ -34,6 +37,8 @@ from quire.registry import HostOptions, PluginHost, Selection, build_host
 from quire.resolve import ResolvedConfig, resolve
 from quire.sampling.pipeline import SamplingPipeline, validate_params
 from quire.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def build_engine(
@@ -116,21 +121,33 @@ def build_tokenizer(config: ResolvedConfig) -> Tokenizer:
     return Tokenizer(config.checkpoint.folder, config.checkpoint.generation_config, template, timeout)
 
 
-def build_model(config: ResolvedConfig, host: PluginHost, progress: Progress | None = None) -> CausalLM:
-    """Load the model onto the device."""
+def build_layers(config: ResolvedConfig, host: PluginHost) -> PluginLayers:
+    """Where the model's layers get their operations and quantized forms from."""
     device = config.device.torch_device()
     op_sets = [
         (
             choice.name,
-            choice.target(OpInit(device, config.max_num_batched_tokens, _options(config, host, choice))),
+            choice.make(OpInit(device, config.max_num_batched_tokens, _options(config, host, choice))),
         )
         for choice in config.op_sets
     ]
     operations = Operations(op_sets, config.ops)
-    layers = PluginLayers(operations, _quantization(config, host, operations))
-    init = ModelInit(
+    return PluginLayers(operations, _quantization(config, host, operations))
+
+
+def build_model(
+    config: ResolvedConfig, host: PluginHost, progress: Progress | None = None, layers: PluginLayers | None = None
+) -> CausalLM:
+    """Load the model onto the device."""
+    init = model_init(config, layers or build_layers(config, host))
+    return load_model(config.checkpoint, config.spec, init, progress or TerminalProgress())
+
+
+def model_init(config: ResolvedConfig, layers: LayerFactory) -> ModelInit:
+    """All that the model is built from."""
+    return ModelInit(
         config=config.model_config,
-        device=device,
+        device=config.device.torch_device(),
         dtype=config.dtype,
         max_model_len=config.max_model_len,
         layers=layers,
@@ -138,7 +155,6 @@ def build_model(config: ResolvedConfig, host: PluginHost, progress: Progress | N
         checkpoint=str(config.checkpoint.folder),
         stored_rows=config.checkpoint.stored_rows,
     )
-    return load_model(config.checkpoint, config.spec, init, progress or TerminalProgress())
 
 
 def build_attention(config: ResolvedConfig, host: PluginHost, model: CausalLM) -> AttentionBackend:
@@ -154,8 +170,12 @@ def build_attention(config: ResolvedConfig, host: PluginHost, model: CausalLM) -
         max_blocks_per_req=-(-config.max_model_len // config.block_size),
         deterministic=config.config.deterministic,
         options=_options(config, host, choice),
+        kv_dtype=config.config.kv_cache_dtype,
     )
-    backend: AttentionBackend = choice.target(init)
+    backend: AttentionBackend = choice.make(init)
+    somewhere = torch.zeros(1, 1, dtype=torch.int64)
+    if any(backend.sees(layer, somewhere, somewhere[0]) is not None for layer in init.layers):
+        logger.warning("attention %r leaves out keys on purpose: results are not the model's", choice.name)
     return backend
 
 
@@ -167,8 +187,8 @@ def build_pipeline(config: ResolvedConfig, host: PluginHost, vocab_size: int) ->
         return SamplerInit(device, vocab_size, config.max_num_seqs, _options(config, host, choice))
 
     sampler = config.selected["sampler"]
-    processors = [(choice.provider.name, choice.target(init(choice))) for choice in config.processors]
-    return SamplingPipeline(sampler.target(init(sampler)), processors, init(sampler))
+    processors = [(choice.provider.name, choice.make(init(choice))) for choice in config.processors]
+    return SamplingPipeline(sampler.make(init(sampler)), processors, init(sampler))
 
 
 def _parts(front: Front, host: PluginHost, executor: Executor, blocks: int) -> EngineParts:
@@ -192,10 +212,13 @@ def _parts(front: Front, host: PluginHost, executor: Executor, blocks: int) -> E
             max_model_len=config.max_model_len,
             clock=clock,
             options=options,
+            needs_host_tokens=lambda params: any(
+                choice.target.needs_host_tokens(params) for choice in config.processors
+            ),
         ),
     )
     sinks = [
-        (choice.provider.name, choice.target(MetricsInit(config.checkpoint.name, _options(config, host, choice))))
+        (choice.provider.name, choice.make(MetricsInit(config.checkpoint.name, _options(config, host, choice))))
         for choice in config.sinks
     ]
     return EngineParts(
@@ -209,6 +232,7 @@ def _parts(front: Front, host: PluginHost, executor: Executor, blocks: int) -> E
         chat=front.chat,
         on_step=_step_hook(host),
         num_kv_blocks=blocks,
+        blame=host.blame,
     )
 
 
@@ -241,7 +265,7 @@ def _quantization(config: ResolvedConfig, host: PluginHost, operations: Operatio
     if choice is None:
         return None
     stored = {name: (tensor.shape, tensor.dtype) for name, tensor in config.checkpoint.tensors.items()}
-    method: QuantMethod = choice.target(
+    method: QuantMethod = choice.make(
         QuantInit(
             config=config.checkpoint.quantization_config,
             stored=stored,
@@ -256,7 +280,7 @@ def _quantization(config: ResolvedConfig, host: PluginHost, operations: Operatio
 
 def _construct(config: ResolvedConfig, host: PluginHost, point: str, init: Callable[[Any], Any]) -> Any:
     choice = config.selected[point]
-    return choice.target(init(_options(config, host, choice)))
+    return choice.make(init(_options(config, host, choice)))
 
 
 def _options(config: ResolvedConfig, host: PluginHost, choice: Selection) -> Any:

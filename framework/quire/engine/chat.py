@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from quire.contract.parsing import OutputParser, ParserInit
+from quire.contract.parsing import OutputParser, ParserEvent, ParserInit
+from quire.errors import PluginError
 from quire.tokenizer import Tokenizer
 
+T = TypeVar("T")
 REASONING_OPENERS = ("<think>",)
 """How a prompt ends if the template has opened the reasoning part itself."""
 TAIL = 8
@@ -50,5 +52,29 @@ class ChatFormat:
         return ChatPrompt(ids, tail.rstrip().endswith(REASONING_OPENERS))
 
     def new_parser(self, *, tools: Sequence[Mapping[str, Any]] = (), in_reasoning: bool = False) -> OutputParser:
-        """A parser for one output."""
-        return self.parser(ParserInit(tools=tools, in_reasoning=in_reasoning, options=self.options))
+        """A parser for one output. What goes wrong in it is a PluginError that names it."""
+        return _Guarded(self.parser, ParserInit(tools=tools, in_reasoning=in_reasoning, options=self.options))
+
+
+class _Guarded(OutputParser):
+    """A parser that fails its request alone, by its name."""
+
+    def __init__(self, parser: type[OutputParser], init: ParserInit) -> None:
+        super().__init__(init)
+        self._name = f"{parser.__module__}:{parser.__qualname__}"
+        self._parser = self._guard(lambda: parser(init))
+
+    def feed(self, text: str, token_ids: Sequence[int]) -> list[ParserEvent]:
+        return self._guard(lambda: self._parser.feed(text, token_ids))
+
+    def finish(self) -> list[ParserEvent]:
+        return self._guard(self._parser.finish)
+
+    def _guard(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except Exception as error:
+            raise PluginError(
+                f"the output parser {self._name} failed: {type(error).__name__}: {error}",
+                remedy="choose another with --output-parser, or mend its plugin",
+            ) from error

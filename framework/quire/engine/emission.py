@@ -103,7 +103,7 @@ class Emission:
             piece.text,
             update.new_token_ids[:count],
             self._positions(update.logprobs[:count]) if update.logprobs else None,
-            self._positions(update.prompt_logprobs),
+            self._positions(update.prompt_logprobs) if update.prompt_logprobs else (),
             num_prompt_tokens=group.num_prompt_tokens,
             num_cached_tokens=group.num_cached_tokens,
         )

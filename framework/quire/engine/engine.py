@@ -2,6 +2,12 @@
 
     add -> Scheduler.add ... step -> Scheduler.schedule -> Executor.step -> Scheduler.update -> deltas
 
+With asynchronous scheduling a call launches a step, and then waits for the one before it, so that the host
+schedules and makes texts while the device computes:
+
+    step N+1:  schedule N+1 | launch N+1 | wait for N | update N | deltas of N
+    device:    ... N ................... | N+1 .......................
+
 Every accepted request ends in exactly one delta with `finished` set.
 """
 
@@ -11,6 +17,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from quire.contract.executor import Executor
@@ -23,7 +30,7 @@ from quire.engine.emission import Emission
 from quire.engine.intake import Intake, Prompt, Submission
 from quire.engine.metrics import Metrics, StepTimes, step_stats
 from quire.engine.view import engine_view
-from quire.errors import EngineDead, RequestError
+from quire.errors import EngineDead, PluginError, RequestError
 from quire.facade import EngineFacade, EngineView
 from quire.outputs import OutputDelta
 from quire.params import SamplingParams
@@ -53,6 +60,16 @@ class EngineParts:
     chat: ChatFormat
     on_step: Callable[[StepStats], None] | None
     num_kv_blocks: int
+    blame: Callable[[BaseException], str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that was handed to the executor. `schedule_s`: seconds that scheduling it took."""
+
+    schedule: Schedule
+    future: Future[StepResult]
+    schedule_s: float
 
 
 class Engine:
@@ -61,6 +78,8 @@ class Engine:
     def __init__(self, parts: EngineParts) -> None:
         self.parts = parts
         self._emission = Emission(parts.tokenizer, self._finish)
+        self._flying: deque[_Flight] = deque()
+        self._depth = 2 if parts.config.async_scheduling else 1
         self._failed_steps = 0
         self._steps: deque[StepStats] = deque(maxlen=NUM_STEPS)
 
@@ -122,25 +141,22 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self.parts.scheduler.has_work()
+        return bool(self._flying) or self.parts.scheduler.has_work()
 
     def step(self) -> list[OutputDelta]:
-        """Schedule and run one step; what it added. Raises EngineDead after several failed steps in a row."""
-        parts = self.parts
+        """Launch one step, and end the one that is due; what that added. Raises EngineDead if several fail in a row."""
         started = time.perf_counter()
-        schedule = parts.scheduler.schedule()
+        schedule = self._scheduled()
         scheduled = time.perf_counter()
-        parts.metrics.scheduled(schedule)
-        result = self._execute(schedule)
-        executed = time.perf_counter()
-        updates = parts.scheduler.update(schedule, result)
-        gaps = parts.metrics.token_gaps(updates)  # before anything forgets a sequence that has ended
-        deltas = self._emission.process(updates)
-        times = StepTimes(scheduled - started, time.perf_counter() - executed, gaps)
-        if not schedule.is_empty:
-            stats = step_stats(schedule, result, updates, times, parts.scheduler, parts.allocator)
-            self._report(stats)
-        parts.metrics.updated(updates)
+        self.parts.metrics.scheduled(schedule)
+        future = self._launch(schedule)
+        if schedule.is_empty:
+            return self._land() if self._flying else []
+        self._flying.append(_Flight(schedule, future, scheduled - started))
+        deltas: list[OutputDelta] = []
+        # A step that is done although nobody has waited has failed, most likely; nothing is built on it then.
+        while self._flying and (len(self._flying) >= self._depth or future.done()):
+            deltas += self._land()
         return deltas
 
     def fail(self, error: str) -> list[OutputDelta]:
@@ -173,23 +189,57 @@ class Engine:
 
     def shutdown(self) -> None:
         """Let model, caches and sinks go; idempotent."""
+        self._flying.clear()
         self.parts.metrics.close()
         self.parts.executor.shutdown()
 
-    def _execute(self, schedule: Schedule) -> StepResult:
+    def _launch(self, schedule: Schedule) -> Future[StepResult]:
         try:
-            result = self.parts.executor.step(schedule).result()
+            return self.parts.executor.step(schedule)
+        except Exception as error:
+            failed: Future[StepResult] = Future()
+            failed.set_exception(error)
+            return failed
+
+    def _land(self) -> list[OutputDelta]:
+        """Wait for the oldest step in flight, and take its results."""
+        parts, flight = self.parts, self._flying.popleft()
+        result = self._result(flight)
+        landed = time.perf_counter()
+        updates = parts.scheduler.update(flight.schedule, result)
+        gaps = parts.metrics.token_gaps(updates)  # before anything forgets a sequence that has ended
+        deltas = self._emission.process(updates)
+        times = StepTimes(flight.schedule_s, time.perf_counter() - landed, gaps)
+        self._report(step_stats(flight.schedule, result, updates, times, parts.scheduler, parts.allocator))
+        parts.metrics.updated(updates)
+        return deltas
+
+    def _result(self, flight: _Flight) -> StepResult:
+        schedule = flight.schedule
+        try:
+            result = flight.future.result()
         except Exception as error:
             self._failed_steps += 1
-            logger.exception("step %d failed; its %d requests end", schedule.step_id, len(schedule.rows))
+            where, ending = self.parts.blame(error), len(schedule.rows)
+            logger.exception("step %d failed%s; its %d requests end", schedule.step_id, where, ending)
             if self._failed_steps >= MAX_FAILED_STEPS:
-                raise EngineDead(f"{self._failed_steps} steps in a row failed, the last with: {error}") from error
-            text = f"the step failed: {type(error).__name__}: {error}"
+                raise EngineDead(
+                    f"{self._failed_steps} steps in a row failed, the last{where} with: {error}"
+                ) from error
+            text = f"the step failed{where}: {type(error).__name__}: {error}"
             rows = tuple(RowResult(row.request_id, error=text) for row in schedule.rows)
             return StepResult(schedule.step_id, rows)
-        if not schedule.is_empty:
-            self._failed_steps = 0
+        self._failed_steps = 0
         return result
+
+    def _scheduled(self) -> Schedule:
+        """The next schedule. Raises PluginError if a plugin's policy, scheduler or allocator fails."""
+        try:
+            return self.parts.scheduler.schedule()
+        except Exception as error:
+            if where := self.parts.blame(error):
+                raise PluginError(f"scheduling failed{where}: {type(error).__name__}: {error}") from error
+            raise
 
     def _report(self, stats: StepStats) -> None:
         self._steps.append(stats)

@@ -14,7 +14,10 @@ MAX_CULPRITS = 4
 
 
 def isolate(
-    rows: Sequence[ScheduledRow], error: Exception, run: Callable[[Sequence[ScheduledRow]], tuple[RowResult, ...]]
+    rows: Sequence[ScheduledRow],
+    error: Exception,
+    run: Callable[[Sequence[ScheduledRow]], tuple[RowResult, ...]],
+    blame: Callable[[Exception], str] = lambda error: "",
 ) -> tuple[RowResult, ...]:
     """Run the halves of a step that failed, and the halves of those that fail, down to single rows.
 
@@ -23,11 +26,12 @@ def isolate(
 
     Args:
         rows: of the step, two at least. error: what it failed with. run: executes some of the rows.
+        blame: names the plugin that an error comes from, as `PluginHost.blame`.
 
     Raises:
         Exception: `error`, if no row succeeds.
     """
-    search = _Search(run)
+    search = _Search(run, blame)
     results = search.halves(rows)
     if all(result.error is not None for result in results):
         raise error
@@ -37,8 +41,10 @@ def isolate(
 
 
 class _Search:
-    def __init__(self, run: Callable[[Sequence[ScheduledRow]], tuple[RowResult, ...]]) -> None:
-        self._run = run
+    def __init__(
+        self, run: Callable[[Sequence[ScheduledRow]], tuple[RowResult, ...]], blame: Callable[[Exception], str]
+    ) -> None:
+        self._run, self._blame = run, blame
         self._num_culprits = 0
 
     def halves(self, rows: Sequence[ScheduledRow]) -> tuple[RowResult, ...]:
@@ -52,5 +58,5 @@ class _Search:
             if len(rows) > 1 and self._num_culprits < MAX_CULPRITS:
                 return self.halves(rows)
             self._num_culprits += len(rows)
-            text = f"the step failed: {type(error).__name__}: {error}"
+            text = f"the step failed{self._blame(error)}: {type(error).__name__}: {error}"
             return tuple(RowResult(row.request_id, error=text) for row in rows)

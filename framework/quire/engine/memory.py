@@ -10,9 +10,6 @@ from quire.resolve import ResolvedConfig
 
 logger = logging.getLogger(__name__)
 
-SHARE_OF_FREE = 0.5
-"""Of the free memory, at most this much becomes the pool unless the user says more: the machine has other work."""
-
 
 def num_kv_blocks(config: ResolvedConfig, budget: KVBudget) -> int:
     """Blocks in the pool, the null block included.
@@ -27,11 +24,12 @@ def num_kv_blocks(config: ResolvedConfig, budget: KVBudget) -> int:
         return _fitting(said.kv_cache_memory // budget.bytes_per_block, budget, "kv_cache_memory")
     per_request = -(-config.max_model_len // config.block_size)
     wanted = per_request * config.max_num_seqs + 1
-    allowed = int(budget.free_bytes * SHARE_OF_FREE) // budget.bytes_per_block
+    allowed = int(budget.free_bytes * budget.kv_share) // budget.bytes_per_block
     blocks = min(wanted, allowed)
     if blocks < 2:
         raise OutOfMemory(
-            f"{budget.free_bytes / 2**30:.2f} GiB are free, half of which holds no KV block of "
+            f"{budget.free_bytes / 2**30:.2f} GiB are free; the {budget.kv_share:.0%} of it that may become the pool "
+            "hold no KV block of "
             f"{budget.bytes_per_block / 2**20:.1f} MiB",
             remedy="free memory, use a smaller block_size, or set kv_cache_memory",
         )

@@ -155,6 +155,7 @@ def step_stats(
         sample_s=result.sample_s,
         update_s=times.update_s,
         token_gaps=times.token_gaps,
+        wait_s=result.wait_s,
     )
 
 

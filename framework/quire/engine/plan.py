@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from quire.contract.attention import TensorSpec
-from quire.engine.memory import SHARE_OF_FREE
+from quire.contract.attention import KV_DTYPES, AttentionBackend
 from quire.loader.files import StoredTensor
+from quire.registry import AUTO
 from quire.resolve import ResolvedConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -103,11 +103,11 @@ def make_plan(config: ResolvedConfig, group_size: int) -> Plan:
     """
     memory = config.device.memory()
     tensors, quantized = config.checkpoint.tensors, bool(config.checkpoint.quantization_config)
-    kv = {dtype: _bytes_per_token(config, dtype) for dtype in DTYPES}
+    kv, cached = _bytes_per_token(config), config.config.kv_cache_dtype
 
     def weights(form: str, methods: str, size: int, dtype: torch.dtype) -> WeightPlan:
-        pool = int(max(0, memory.free - size) * SHARE_OF_FREE)
-        tokens = pool // kv[dtype]
+        pool = int(max(0, memory.free - size) * memory.kv_share)
+        tokens = pool // kv[_named(dtype) if cached == AUTO else cached]
         fits = tokens >= 2 * config.block_size
         return WeightPlan(form, methods, size, fits, tokens if fits else 0, tokens // config.max_model_len)
 
@@ -120,7 +120,7 @@ def make_plan(config: ResolvedConfig, group_size: int) -> Plan:
         memory_free=memory.free,
         compute_dtype=_named(config.dtype),
         weights=tuple(weights(*row) for row in _forms(config, group_size)),
-        kv=tuple(KVPlan(_named(dtype), size, size * config.max_model_len) for dtype, size in kv.items()),
+        kv=tuple(KVPlan(dtype, size, size * config.max_model_len) for dtype, size in kv.items()),
     )
 
 
@@ -129,7 +129,7 @@ def _forms(config: ResolvedConfig, group_size: int) -> Iterator[tuple[str, str, 
     tensors = config.checkpoint.tensors
     stored = config.checkpoint.quantization_config
     if stored:
-        yield "as stored", str(stored.get("quant_method")), config.checkpoint.num_bytes, config.dtype
+        yield "as stored", str(config.checkpoint.quant_method), config.checkpoint.num_bytes, config.dtype
         return
     for dtype in DTYPES:
         yield _named(dtype), "", sum(math.prod(t.shape) * dtype.itemsize for t in tensors.values()), dtype
@@ -157,15 +157,18 @@ def is_linear(name: str, tensor: StoredTensor) -> bool:
     return inside and len(tensor.shape) in (2, 3) and bool(IN_A_LAYER.search(name)) and not path.endswith(UNQUANTIZED)
 
 
-def _bytes_per_token(config: ResolvedConfig, dtype: torch.dtype) -> int:
-    """Over all layers, as the chosen attention backend lays its caches out."""
-    backend = config.selected["attention"].target
-    specs: list[TensorSpec] = [
-        spec
-        for layer in config.spec.attention_layers(config.model_config)
-        for spec in backend.kv_spec(layer, config.block_size, dtype)
-    ]
-    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs) // config.block_size
+def _bytes_per_token(config: ResolvedConfig) -> dict[str, int]:
+    """By dtype of the cache, over all layers, as the chosen attention backend lays its caches out."""
+    backend: type[AttentionBackend] = config.selected["attention"].target
+    dtypes = {_named(dtype): dtype for dtype in DTYPES}
+    dtypes |= {name: dtype for name, dtype in KV_DTYPES.items() if name in backend.caps.kv_dtypes}
+    layers = config.spec.attention_layers(config.model_config)
+
+    def size(dtype: torch.dtype) -> int:
+        specs = [spec for layer in layers for spec in backend.kv_spec(layer, config.block_size, dtype)]
+        return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs) // config.block_size
+
+    return {name: size(dtype) for name, dtype in dtypes.items()}
 
 
 def _named(dtype: torch.dtype) -> str:

@@ -1,8 +1,8 @@
 """The runner's persistent rows: one per slot, kept between steps, changed by small deltas.
 
-Token ids live on the device, where the sampler's answers are stored as they are made, so that the
-next step's inputs never wait for the host. Block tables and lengths live on the host: they are
-known when a step is scheduled.
+Token ids and block tables live on the device. The sampler's answers are stored there as they are made, so
+that the next step's inputs never wait for the host; a new request's tokens, and new blocks, travel with the
+step that first needs them. The host keeps block tables as well, for it computes where tokens go.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quire.contract.request import NewRow, Schedule
+from quire.engine.staging import Staging
 from quire.params import SamplingParams
 
 
@@ -27,12 +28,23 @@ class Row:
     num_blocks: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class RowDeltas:
+    """Changes on their way to the device: slots to clear, (places, blocks) to append, tokens of new requests."""
+
+    cleared: Tensor | None
+    blocks: tuple[Tensor, Tensor] | None
+    tokens: tuple[tuple[int, Tensor], ...]
+
+
 class RowTable:
     """Rows for `max_num_seqs` slots.
 
     Attributes:
         token_ids: int32 [max_num_seqs, max_model_len + 1], device; known tokens of each slot's request.
-        block_table: int32 [max_num_seqs, max_blocks], host; unused entries are 0.
+        block_table: int32 [max_num_seqs + 1, max_blocks], device; unused entries are 0, as is the last row,
+            which stands for padding.
+        host_block_table: the same on the host, ahead of the device until the deltas have been flushed.
         rows: slot -> what is remembered of its request.
     """
 
@@ -40,32 +52,76 @@ class RowTable:
         # One column more than the longest request, so that storing the very last token needs no test.
         self.token_ids = torch.zeros(max_num_seqs, max_model_len + 1, dtype=torch.int32, device=device)
         self.max_blocks = -(-max_model_len // block_size)
-        self.block_table = np.zeros((max_num_seqs, self.max_blocks), dtype=np.int32)
+        self.block_table = torch.zeros(max_num_seqs + 1, self.max_blocks, dtype=torch.int32, device=device)
+        self.host_block_table = np.zeros((max_num_seqs + 1, self.max_blocks), dtype=np.int32)
         self.rows: dict[int, Row] = {}
+        self._cleared: list[int] = []
+        self._new_rows: list[NewRow] = []
+        self._appended: list[tuple[int, int, tuple[int, ...]]] = []
+
+    @property
+    def padding_slot(self) -> int:
+        """The row of the block table that stands for padding."""
+        return self.token_ids.shape[0]
 
     def apply(self, schedule: Schedule) -> None:
-        """Release and take slots, and append the blocks that the schedule granted."""
+        """Release and take slots, and append the blocks that the schedule granted; the device learns of it later."""
         for slot in schedule.released:
-            del self.rows[slot]
-            self.block_table[slot] = 0
+            self._release(slot)
         for new in schedule.new_rows:
             self._take(new)
         for row in schedule.rows:
             if row.new_block_ids:
                 self._append_blocks(row.slot, row.new_block_ids)
 
-    def store(self, slots: Tensor, columns: Tensor, token_ids: Tensor) -> None:
-        """Record sampled tokens: token_ids [R] of rows `slots` at positions `columns`, all on the device."""
-        self.token_ids[slots, columns] = token_ids.to(torch.int32)
+    def stage(self, staging: Staging) -> RowDeltas:
+        """Put what the device has yet to learn into the step's buffer."""
+        deltas = RowDeltas(
+            cleared=staging.put(np.array(self._cleared, dtype=np.int64)) if self._cleared else None,
+            blocks=self._stage_blocks(staging) if self._appended else None,
+            tokens=tuple((new.slot, staging.put(np.array(new.token_ids, dtype=np.int32))) for new in self._new_rows),
+        )
+        self._cleared.clear()
+        self._new_rows.clear()
+        self._appended.clear()
+        return deltas
+
+    def flush(self, deltas: RowDeltas) -> None:
+        """Apply staged changes on the device, once the step's buffer has been sent."""
+        if deltas.cleared is not None:
+            self.block_table.index_fill_(0, deltas.cleared, 0)
+        if deltas.blocks is not None:
+            self.block_table.view(-1).index_copy_(0, *deltas.blocks)
+        for slot, tokens in deltas.tokens:
+            self.token_ids[slot, : len(tokens)] = tokens
+
+    def store(self, places: Tensor, token_ids: Tensor) -> None:
+        """Record sampled tokens int32 [R] at `places` int64 [R] of the flattened `token_ids`, all on the device."""
+        self.token_ids.view(-1).index_copy_(0, places, token_ids)
+
+    def _stage_blocks(self, staging: Staging) -> tuple[Tensor, Tensor]:
+        starts = [(slot * self.max_blocks + first, granted) for slot, first, granted in self._appended]
+        places = [start + at for start, granted in starts for at in range(len(granted))]
+        blocks = [block for _, granted in starts for block in granted]
+        return staging.put(np.array(places, dtype=np.int64)), staging.put(np.array(blocks, dtype=np.int32))
 
     def _take(self, new: NewRow) -> None:
         if new.slot in self.rows:
             raise AssertionError(f"slot {new.slot} is taken by {self.rows[new.slot].request_id!r}")
         self.rows[new.slot] = Row(new.request_id, new.params, new.num_prompt_tokens)
-        self.token_ids[new.slot, : len(new.token_ids)] = torch.tensor(new.token_ids, dtype=torch.int32)
+        self._new_rows.append(new)
+
+    def _release(self, slot: int) -> None:
+        del self.rows[slot]
+        self.host_block_table[slot] = 0
+        self._cleared.append(slot)
+        # What a failed step has left unsent must not come behind the clearing.
+        self._new_rows = [new for new in self._new_rows if new.slot != slot]
+        self._appended = [item for item in self._appended if item[0] != slot]
 
     def _append_blocks(self, slot: int, block_ids: tuple[int, ...]) -> None:
         row = self.rows[slot]
         end = row.num_blocks + len(block_ids)
-        self.block_table[slot, row.num_blocks : end] = block_ids
+        self.host_block_table[slot, row.num_blocks : end] = block_ids
+        self._appended.append((slot, row.num_blocks, block_ids))
         row.num_blocks = end

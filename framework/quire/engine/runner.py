@@ -1,46 +1,54 @@
-"""Runs one step on the device: inputs, forward, logits of the rows that need one, sampling.
+"""Runs steps on the device: inputs, forward, logits of the rows that need one, sampling.
 
-`collect` is the one place where the host waits for the device.
+`launch` hands a step to the device and waits for nothing; `collect` is the one place where the host
+waits. One step may be launched while the one before it has not been collected: what it samples goes
+from step to step through the device's own table of tokens (`RowTable`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from quire.contract.attention import AttentionBackend, KVCaches
-from quire.contract.device import Device, GraphKey
+from quire.contract.attention import AttentionBackend, GraphSupport, KVCaches
+from quire.contract.device import Device, GraphKey, HostCopy
 from quire.contract.kv import BlockCopy
 from quire.contract.model import CausalLM, StepContext
 from quire.contract.request import NewRow, RowResult, Schedule, ScheduledRow, StepResult, TokenLogprobs
-from quire.contract.sampling import ProcessorRequest
+from quire.contract.sampling import ProcessorRequest, SamplingBatch
 from quire.engine.batch import BatchBuilder, StepInputs
 from quire.engine.dispatcher import GraphDispatcher
 from quire.engine.isolate import isolate
 from quire.engine.rows import RowTable
-from quire.sampling.pipeline import SamplingPipeline, SamplingResult, prompt_logprobs
+from quire.engine.staging import ALIGNMENT, Staging
+from quire.sampling.logprobs import logprob_entries, logprob_figures
+from quire.sampling.pipeline import SamplingColumns, SamplingPipeline, SamplingResult
 
 PROMPT_LOGPROB_ROWS = 128
 """Rows whose full-vocabulary logits are held at once while prompt log probabilities are taken."""
+DELTA_BYTES = 1 << 20
+"""Room in a step's buffer for what changes: new blocks, tokens of new requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerParts:
-    """What a runner works with."""
+    """What a runner works with. `graph_support`: component -> the graphs that it can run in."""
 
     model: CausalLM
     backend: AttentionBackend
     device: Device
-    kv: tuple[KVCaches, ...]
+    graph_support: Mapping[str, GraphSupport]
     pipeline: SamplingPipeline
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
     block_size: int
+    blame: Callable[[BaseException], str]
 
 
 @dataclass(slots=True)
@@ -58,44 +66,139 @@ class _Times:
         return took
 
 
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """Figures of a row's prompt log probabilities, on the device: `num_entries` with `count` alternatives each."""
+
+    figures: Tensor
+    num_entries: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """Rows that the device is working on, and the copy that brings their results."""
+
+    rows: Sequence[ScheduledRow]
+    sampled: SamplingResult | None
+    prompts: dict[str, _Prompt]
+    copy: HostCopy
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step that was launched: its rows on the device, or their results where the host had to wait already."""
+
+    schedule: Schedule
+    times: _Times
+    running: _Running | None = None
+    results: tuple[RowResult, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sampling:
+    """The rows of a step that sample: slots, known tokens, and on the device their parameters.
+
+    `places`: int64 [S], where their tokens go in the flattened table of tokens.
+    """
+
+    slots: list[int]
+    lengths: list[int]
+    batch: SamplingBatch
+    places: Tensor
+
+
 class Runner:
-    """Executes schedules, one at a time."""
+    """Executes schedules, in order; at most one may be in flight while another is launched."""
 
     def __init__(self, parts: RunnerParts) -> None:
         self._parts = parts
-        device = parts.device.torch_device()
-        self._rows = RowTable(parts.max_num_seqs, parts.max_model_len, parts.block_size, device)
-        self._builder = BatchBuilder(self._rows, parts.device, parts.max_num_batched_tokens, parts.block_size)
         self._graphs = parts.device.graph_runner()
-        self._dispatcher = GraphDispatcher(self._graphs.keys(), {"attention": parts.backend.caps.graph})
+        keys = self._graphs.keys()
+        device = parts.device.torch_device()
+        room = BatchBuilder.num_bytes(parts.max_num_seqs, parts.max_num_batched_tokens)
+        room += (SamplingColumns.NUM_BYTES + 8) * parts.max_num_seqs + 8 * ALIGNMENT
+        room += DELTA_BYTES + 4 * parts.max_model_len
+        self._staging = Staging(parts.device, room, shared=device.type == "cpu" and not keys)
+        self._rows = RowTable(parts.max_num_seqs, parts.max_model_len, parts.block_size, device)
+        self._builder = BatchBuilder(self._rows, self._staging, parts.max_num_batched_tokens, parts.block_size)
+        self._dispatcher = GraphDispatcher(keys, parts.graph_support, parts.max_num_seqs, parts.max_num_batched_tokens)
+        self._kv: tuple[KVCaches, ...] = ()
+
+    @property
+    def dispatcher(self) -> GraphDispatcher:
+        """Chooses the size that a step is padded to."""
+        return self._dispatcher
+
+    def attach(self, kv: tuple[KVCaches, ...]) -> None:
+        """Use these caches from now on, indexed by layer id."""
+        self._kv = kv
 
     @torch.inference_mode()
-    def run(self, schedule: Schedule) -> StepResult:
-        """Execute one schedule. What goes wrong for single rows is their result; what does for all is raised."""
-        started = time.perf_counter()
+    def capture(self, key: GraphKey) -> None:
+        """Have the device capture the steps of this size. Raises whatever it fails with."""
+        self._graphs.capture(key, self._forward_work(self._padding(key)))
+
+    @torch.inference_mode()
+    def rehearse(self, key: GraphKey) -> None:
+        """Run a step of padding, at its largest: every row is sampled, none greedily."""
+        slots = list(range(key.num_reqs))
+        hidden = self._forward_work(self._padding(key))()
+        columns = self._parts.pipeline.columns(slots, [0] * len(slots))
+        warm = replace(columns, temperature=np.ones(len(slots), dtype=np.float32))
+        batch = warm.batch(lambda array: torch.from_numpy(array).to(hidden.device))
+        logits = self._parts.model.logits(hidden[: len(slots)])
+        self._parts.pipeline.run(logits, slots, [0] * len(slots), self._rows.token_ids, batch)
+
+    @torch.inference_mode()
+    def launch(self, schedule: Schedule) -> Launched:
+        """Hand one schedule to the device. What fails for single rows is their result; what does for all is raised."""
+        times = _Times(time.perf_counter())
         self._apply(schedule)
         if schedule.is_empty:
-            return StepResult(schedule.step_id)
-        times = _Times(started)
+            return Launched(schedule, times)
         try:
-            rows = self._run_rows(schedule.rows, times)
+            return Launched(schedule, times, self._launch_rows(schedule.rows, times))
         except Exception as error:
             if len(schedule.rows) == 1:
                 raise
-            rows = isolate(schedule.rows, error, lambda part: self._run_rows(part, times))
-        return StepResult(schedule.step_id, rows, build_s=times.build, forward_s=times.forward, sample_s=times.sample)
+            self._parts.device.synchronize()  # the buffers that take turns are all free then
+            results = isolate(
+                schedule.rows,
+                error,
+                lambda part: self._collect_rows(self._launch_rows(part, times), times),
+                self._parts.blame,
+            )
+        return Launched(schedule, times, results=results)
 
-    def _run_rows(self, rows: Sequence[ScheduledRow], times: _Times) -> tuple[RowResult, ...]:
+    @torch.inference_mode()
+    def collect(self, launched: Launched) -> StepResult:
+        """Wait for a launched step, and bring its results to the host."""
+        times, waited = launched.times, time.perf_counter()
+        rows = launched.results
+        if launched.running is not None:
+            launched.running.copy.wait()
+            waited, times.since = time.perf_counter() - waited, time.perf_counter()
+            rows = self._collect_rows(launched.running, times)
+        else:
+            waited = 0.0
+        return StepResult(launched.schedule.step_id, rows, times.build, times.forward, times.sample, waited)
+
+    def _launch_rows(self, rows: Sequence[ScheduledRow], times: _Times) -> _Running:
         key = self._pick(rows)
-        inputs = self._builder.build(rows, key)
+        inputs, sampling = self._prepare(rows, key)
         times.build += times.lap()
         hidden = self._forward(inputs, key)
         times.forward += times.lap()
-        sampled = self._sample(rows, hidden, inputs)
-        prompts = self._prompt_logprobs(rows, hidden, inputs)
-        results = self.collect(rows, sampled, prompts)
+        sampled = self._sample(sampling, hidden, inputs)
+        prompts = self._prompt_logprobs(rows, hidden)
+        tensors = [prompt.figures for prompt in prompts.values()]
+        if sampled is not None:
+            tensors += sampled.tensors()
+        # Also if there is nothing to bring: the step's buffer is free for another one when the copy was waited for.
+        copy = self._parts.device.copy_to_host(tensors)
         times.sample += times.lap()
-        return results
+        return _Running(rows, sampled, prompts, copy)
 
     def _apply(self, schedule: Schedule) -> None:
         for slot in schedule.released:
@@ -108,7 +211,7 @@ class Runner:
 
     def _copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """In order: a block may be the destination of one copy and the source of a later one."""
-        for caches in self._parts.kv:
+        for caches in self._kv:
             for cache in caches:
                 for copy in copies:
                     cache[copy.dst].copy_(cache[copy.src])
@@ -118,30 +221,53 @@ class Runner:
         uniform = lengths[0] if min(lengths) == max(lengths) else 0
         return self._dispatcher.pick(uniform, len(rows), sum(lengths))
 
-    def _forward(self, inputs: StepInputs, key: GraphKey | None) -> Tensor:
-        parts = self._parts
-        plan = parts.backend.plan(inputs.attention)
-        ctx = StepContext(parts.backend, inputs.attention, plan, parts.kv)
-        hidden: Tensor = self._graphs.run(key, lambda: parts.model.forward(inputs.input_ids, inputs.positions, ctx))
-        return hidden
+    def _prepare(self, rows: Sequence[ScheduledRow], key: GraphKey | None) -> tuple[StepInputs, _Sampling]:
+        """Everything that the step reads, brought to the device in one copy."""
+        staging = self._staging
+        staging.begin()
+        batch = self._builder.stage(rows, key)
+        sampling = self._stage_sampling(rows)
+        deltas = self._rows.stage(staging)
+        staging.send()
+        self._rows.flush(deltas)
+        return self._builder.inputs(batch), sampling
 
-    def _sample(self, rows: Sequence[ScheduledRow], hidden: Tensor, inputs: StepInputs) -> SamplingResult | None:
+    def _stage_sampling(self, rows: Sequence[ScheduledRow]) -> _Sampling:
         sampling = [row for row in rows if row.samples]
-        if not sampling:
-            return None
-        parts = self._parts
-        logits = parts.model.logits(hidden[inputs.sample_rows])
         slots = [row.slot for row in sampling]
         lengths = [row.num_computed_tokens + row.num_new_tokens for row in sampling]
-        result = parts.pipeline.run(logits, slots, lengths, self._rows.token_ids)
-        device = result.token_ids.device
-        self._rows.store(torch.tensor(slots, device=device), torch.tensor(lengths, device=device), result.token_ids)
+        columns, width = self._parts.pipeline.columns(slots, lengths), self._rows.token_ids.shape[1]
+        places = np.array(slots, dtype=np.int64) * width + columns.positions
+        return _Sampling(slots, lengths, columns.batch(self._staging.put), self._staging.put(places))
+
+    def _forward(self, inputs: StepInputs, key: GraphKey | None) -> Tensor:
+        hidden: Tensor = self._graphs.run(key, self._forward_work(inputs))
+        return hidden
+
+    def _forward_work(self, inputs: StepInputs) -> Callable[[], Tensor]:
+        """What a graph captures of a step. Planning stands before it: it may look at the host's lengths."""
+        parts = self._parts
+        plan = parts.backend.plan(inputs.attention)
+        ctx = StepContext(parts.backend, inputs.attention, plan, self._kv)
+        return lambda: parts.model.forward(inputs.input_ids, inputs.positions, ctx)
+
+    def _padding(self, key: GraphKey) -> StepInputs:
+        self._staging.begin()
+        staged = self._builder.stage((), key)
+        self._staging.send()
+        return self._builder.inputs(staged)
+
+    def _sample(self, sampling: _Sampling, hidden: Tensor, inputs: StepInputs) -> SamplingResult | None:
+        if not sampling.slots:
+            return None
+        parts = self._parts
+        logits = parts.model.logits(hidden.index_select(0, inputs.sample_rows))
+        result = parts.pipeline.run(logits, sampling.slots, sampling.lengths, self._rows.token_ids, sampling.batch)
+        self._rows.store(sampling.places, result.token_ids)
         return result
 
-    def _prompt_logprobs(
-        self, rows: Sequence[ScheduledRow], hidden: Tensor, inputs: StepInputs
-    ) -> dict[str, tuple[TokenLogprobs, ...]]:
-        found: dict[str, tuple[TokenLogprobs, ...]] = {}
+    def _prompt_logprobs(self, rows: Sequence[ScheduledRow], hidden: Tensor) -> dict[str, _Prompt]:
+        found: dict[str, _Prompt] = {}
         start = 0
         for row in rows:
             known = self._rows.rows[row.slot]
@@ -150,37 +276,39 @@ class Runner:
             count = min(row.num_new_tokens, known.num_prompt_tokens - 1 - first)
             if wanted is not None and count > 0:
                 targets = self._rows.token_ids[row.slot, first + 1 : first + 1 + count].long()
-                found[row.request_id] = self._token_logprobs(hidden[start : start + count], targets, wanted)
+                figures = self._figures(hidden[start : start + count], targets, wanted)
+                found[row.request_id] = _Prompt(figures, count, wanted)
             start += row.num_new_tokens
         return found
 
-    def _token_logprobs(self, hidden: Tensor, targets: Tensor, count: int) -> tuple[TokenLogprobs, ...]:
+    def _figures(self, hidden: Tensor, targets: Tensor, count: int) -> Tensor:
         pieces = zip(torch.split(hidden, PROMPT_LOGPROB_ROWS), torch.split(targets, PROMPT_LOGPROB_ROWS), strict=True)
-        return tuple(
-            entry
-            for piece, target in pieces
-            for entry in prompt_logprobs(self._parts.model.logits(piece), target, count)
+        return torch.cat(
+            [
+                logprob_figures(self._parts.model.logits(piece), target, [count] * len(target))
+                for piece, target in pieces
+            ]
         )
 
-    def collect(
-        self,
-        rows: Sequence[ScheduledRow],
-        sampled: SamplingResult | None,
-        prompts: dict[str, tuple[TokenLogprobs, ...]],
-    ) -> tuple[RowResult, ...]:
-        """Bring the sampled tokens to the host, one result per row."""
-        if sampled is None:
-            return tuple(RowResult(row.request_id, prompt_logprobs=prompts.get(row.request_id, ())) for row in rows)
-        tokens = iter(sampled.token_ids.tolist())  # sync-ok: the step's one wait, its tokens are needed now
-        logprobs, errors = iter(sampled.logprobs), iter(sampled.errors)
-        results = []
-        for row in rows:
+    def _collect_rows(self, running: _Running, times: _Times) -> tuple[RowResult, ...]:
+        """One result per row, from what the copy has brought."""
+        tensors = running.copy.wait()
+        prompts: dict[str, tuple[TokenLogprobs, ...]] = {
+            request_id: tuple(logprob_entries(figures, [prompt.count] * prompt.num_entries))
+            for (request_id, prompt), figures in zip(running.prompts.items(), tensors, strict=False)
+        }
+        sampled = None if running.sampled is None else running.sampled.read(tensors[len(running.prompts) :])
+        results, at = [], 0
+        for row in running.rows:
             prompt = prompts.get(row.request_id, ())
-            if row.samples:
-                token, entry, error = next(tokens), next(logprobs), next(errors)
-                results.append(RowResult(row.request_id, token, entry, prompt, error))
-            else:
+            if sampled is None or not row.samples:
                 results.append(RowResult(row.request_id, prompt_logprobs=prompt))
+                continue
+            token, entry, error = sampled.token_ids[at], sampled.logprobs[at], sampled.errors[at]
+            self._parts.pipeline.told(row.slot, token)
+            results.append(RowResult(row.request_id, token, entry, prompt, error))
+            at += 1
+        times.sample += times.lap()
         return tuple(results)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pluggy
 
+from quire.host.trace import Step
+
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3
@@ -29,7 +31,8 @@ class Observers:
         """Call every implementation of hook `name` that is not muted, in the order of loading."""
         for implementation in tuple(self._implementations):
             try:
-                implementation.function(*(arguments[argument] for argument in implementation.argnames))
+                with Step(f"call {name} of {implementation.plugin_name!r}"):
+                    implementation.function(*(arguments[argument] for argument in implementation.argnames))
             except Exception:
                 self._failed(name, implementation)
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from quire.contract.provider import Provider
 from quire.errors import ConfigError, PluginError
-from quire.host.objects import first_line, import_object
+from quire.host.objects import import_object, why_not_imported
 from quire.host.suggest import suggest
 
 Owned = tuple[Provider, str]
@@ -49,9 +49,15 @@ def options_model(provider: Provider, plugin: str) -> type[BaseModel]:
     try:
         model = import_object(provider.options)
     except (Exception, SystemExit) as error:
-        raise PluginError(f"the options of {plugin}:{provider.name} cannot be imported: {first_line(error)}") from error
+        raise PluginError(
+            f"the options of {plugin}:{provider.name}: {why_not_imported(provider.options, error)}",
+            remedy=f"mend plugin {plugin!r}",
+        ) from error
     if not (isinstance(model, type) and issubclass(model, BaseModel)) or model.model_config.get("extra") != "forbid":
-        raise PluginError(f"{provider.options} of plugin {plugin!r} must be a pydantic model with extra='forbid'")
+        raise PluginError(
+            f"{provider.options} of plugin {plugin!r} must be a pydantic model with extra='forbid'",
+            remedy='derive it from BaseModel, with `model_config = ConfigDict(frozen=True, extra="forbid")`',
+        )
     return model
 
 

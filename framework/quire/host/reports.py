@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from quire.contract.provider import Provider
+from quire.errors import PluginError, QuireError
 
 
 class PluginStatus(StrEnum):
@@ -79,6 +80,21 @@ class Selection:
     def name(self) -> str:
         """`plugin:name`, which is unique."""
         return f"{self.plugin}:{self.provider.name}"
+
+    def make(self, init: Any) -> Any:
+        """An instance of the target. Raises PluginError that names it, or what was meant for the user."""
+        try:
+            return self.target(init)
+        except (QuireError, MemoryError):
+            raise
+        except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError":  # torch's, which is told as what did not fit
+                raise
+            raise PluginError(
+                f"{self.provider.point} {self.provider.name!r} of plugin {self.plugin!r} could not be made: "
+                f"{type(error).__name__}: {error}",
+                remedy="`quire --debug ...` shows where",
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from quire.version import __version__
 
 GROUP = "quire"
 CORE = "core"
+DISTRIBUTION = "quire"
 
 
 class EntryPoint(Protocol):
@@ -37,7 +39,7 @@ class PluginSource:
 
 def core_source() -> PluginSource:
     """The core's own providers, which come through the same door as anybody's."""
-    return PluginSource(CORE, "quire", __version__, lambda: importlib.import_module("quire.builtin"))
+    return PluginSource(CORE, DISTRIBUTION, __version__, lambda: importlib.import_module("quire.builtin"))
 
 
 def installed_sources(found: Iterable[EntryPoint]) -> list[PluginSource]:
@@ -47,7 +49,30 @@ def installed_sources(found: Iterable[EntryPoint]) -> list[PluginSource]:
 
 def _from_entry_point(point: EntryPoint) -> PluginSource:
     dist = getattr(point, "dist", None)
-    return PluginSource(point.name, getattr(dist, "name", ""), getattr(dist, "version", ""), point.load)
+
+    def load() -> object:
+        try:
+            return point.load()
+        except (ModuleNotFoundError, AttributeError) as error:
+            value = str(getattr(point, "value", ""))
+            if not isinstance(error, ModuleNotFoundError) or not error.name or not value.startswith(error.name):
+                raise
+            mend = "correct it in pyproject.toml and install the plugin again"
+            raise ModuleNotFoundError(f"{error}; its entry point says {value!r}: {mend}", name=error.name) from error
+
+    return PluginSource(point.name, getattr(dist, "name", ""), getattr(dist, "version", ""), load)
+
+
+def why_not_found(name: str) -> str:
+    """Why nothing of this name may have been loaded: its entry point stands elsewhere, or it is not installed."""
+    for point in importlib.metadata.entry_points(name=name):
+        if point.group != GROUP and GROUP in point.group:
+            owner = point.dist.name if point.dist is not None else "a distribution"
+            return f"{owner} has it as an entry point of the group {point.group!r}; the group must be {GROUP!r}"
+    return (
+        f"a plugin is found once it is installed for {sys.executable}, with an entry point in the group {GROUP!r}; "
+        "for your own, run `pip install -e .` in its folder, again after a change of pyproject.toml"
+    )
 
 
 def file_source(path: Path) -> PluginSource:

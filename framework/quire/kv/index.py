@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from quire.contract.kv import PrefixHit, PrefixQuery
 
@@ -38,6 +38,9 @@ class Table:
 
 class PrefixIndex(ABC):
     """Knows which published block holds which tokens, and which of them are parked, oldest first."""
+
+    takes_tails: ClassVar[bool] = False
+    """Whether `publish_tail` takes anything in; if not, the tokens that it would need are not kept."""
 
     def __init__(self) -> None:
         self._parked: OrderedDict[int, None] = OrderedDict()

@@ -26,6 +26,9 @@ from quire.contract.kv import (
 )
 from quire.kv.index import PrefixIndex, Table
 
+NOTHING = Allocation()
+"""What a request is granted that has room already."""
+
 
 class PooledAllocator(KVAllocator):
     """A KV allocator over a prefix index."""
@@ -53,6 +56,11 @@ class PooledAllocator(KVAllocator):
             return self._register(request_id, num_tokens, hit or PrefixHit())
         if hit is not None:
             raise ValueError(f"request {request_id!r} owns blocks already; a hit comes with its first allocation")
+        if num_tokens <= len(table.blocks) * self._block_size:  # nearly every token of every request comes here
+            grown = max(0, num_tokens - table.num_tokens)
+            table.num_tokens += grown
+            self._wasted -= grown
+            return NOTHING
         granted = self._grant(self._blocks_for(num_tokens) - len(table.blocks))
         if granted is None:
             return None
@@ -97,7 +105,8 @@ class PooledAllocator(KVAllocator):
             start = table.num_published * size
             self._index.publish(table, tuple(token_ids[start : start + size]))
             table.num_published += 1
-        table.tail = tuple(token_ids[full * size : num_computed])
+        if self._index.takes_tails:
+            table.tail = tuple(token_ids[full * size : num_computed])
 
     def free(self, request_id: str) -> None:
         table = self._tables.pop(request_id, None)

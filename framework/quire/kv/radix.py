@@ -72,6 +72,8 @@ class _Node:
 class RadixIndex(PrefixIndex):
     """One tree per salt. A tree goes when its last block does: callers choose salts, and they must not pile up."""
 
+    takes_tails = True
+
     def __init__(self, block_size: int, options: RadixOptions) -> None:
         super().__init__()
         self._block_size = block_size

@@ -152,7 +152,9 @@ class _QuantLoader:
         if self._biases:
             joined = torch.cat([self._biases[index] for index in range(len(self._parts))])
             bias = joined.to(self._init.device, self._init.dtype)
-        self._found, self._biases = {}, {}
+        # In place: what takes the tensors lives as long as the model, and would keep them.
+        for taken in (*self._found.values(), self._biases):
+            taken.clear()
         quant = self._quant
         state: Any = quant.finalize(tensors, self._init.device)
         ready(lambda x: quant.forward(x, state, bias))
@@ -162,8 +164,10 @@ class _QuantLoader:
             lacking = [part.name for index, part in enumerate(self._parts) if index not in found]
             raise UnsupportedModel(f"{self._quant.spec.name} is fused, and {lacking[0]!r} lacks {tensor.name!r}")
         pieces = [found[index] for index in sorted(found)]
+        if len(pieces) == 1:
+            return pieces[0]
         if tensor.out_dim is not None:
-            return torch.cat(pieces, tensor.out_dim)
+            return torch.stack(pieces) if not pieces[0].ndim else torch.cat(pieces, tensor.out_dim)
         if not all(torch.equal(piece, pieces[0]) for piece in pieces):
             raise UnsupportedModel(f"{tensor.name!r} differs among the layers that are fused: {self._quant.spec.name}")
         return pieces[0]

@@ -48,6 +48,13 @@ class Checkpoint:
         return self.config.get("quantization_config") or self.config.get("compression_config") or {}
 
     @property
+    def quant_method(self) -> str | None:
+        """The name of the format of the weights; None if they are not quantized."""
+        settings = self.quantization_config
+        named = settings.get("quant_method") or settings.get("method")  # GPTQModel calls it both
+        return str(named) if named else "compressed-tensors" if settings.get("config_groups") else None
+
+    @property
     def dtype_name(self) -> str:
         """The dtype that config.json names, or that of the weights."""
         named = self.config.get("dtype") or self.config.get("torch_dtype")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.contract.attention import AttentionLayer
+from quire.contract.attention import AttentionLayer, GraphSupport
 from quire.contract.model import CausalLM, ModelInit, ModelSpec, StepContext
 from quire.contract.ops import Activation, elementwise
 from quire.layers.attention import Attention, AttentionNames, AttentionStyle
@@ -89,6 +89,8 @@ def attention_layers(config: DecoderConfig) -> tuple[AttentionLayer, ...]:
 
 class Decoder(CausalLM):
     """See the module's docstring."""
+
+    graph = GraphSupport.ANY
 
     def __init__(self, init: ModelInit) -> None:
         super().__init__()

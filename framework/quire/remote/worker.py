@@ -51,7 +51,8 @@ def main(descriptor: int) -> int:
     begin = channel.receive()
     if not isinstance(begin, Begin):
         raise ChannelClosed(f"the first message is {type(begin).__name__}; it must be Begin")
-    logging.basicConfig(level=begin.log_level, format="engine: %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(format="engine: %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("quire").setLevel(begin.log_level)
     worker = Worker(channel)
     try:
         engine = build(begin)

@@ -33,7 +33,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
-def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+def seeded_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     """float64 [R] in [0, 1) from int64 [R] seeds and positions."""
     zero = torch.zeros_like(seeds)
     counter = (positions & _MASK, (positions >> 32) & _MASK, zero, zero)

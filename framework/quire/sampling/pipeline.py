@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.contract.request import TokenLogprobs
@@ -19,9 +22,9 @@ from quire.contract.sampling import (
     SamplerInit,
     SamplingBatch,
 )
-from quire.errors import RequestError
+from quire.errors import PluginError, RequestError
 from quire.params import SamplingParams
-from quire.sampling.logprobs import token_logprobs
+from quire.sampling.logprobs import logprob_entries, logprob_figures
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +32,81 @@ NOT_FINITE = "the model's logits for this request are not finite"
 NOTHING_ALLOWED = "the request's token filters, biases and minimum length leave no token to sample"
 
 
+# What stands in place of a token where there is none; token ids are not negative.
+_NOT_FINITE, _NOTHING_ALLOWED = -1, -2
+_REASONS = {_NOT_FINITE: NOT_FINITE, _NOTHING_ALLOWED: NOTHING_ALLOWED}
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRows:
+    """What was sampled, on the host: a token, log probabilities if asked for, and what went wrong, per row."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+    errors: list[str | None]
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingResult:
-    """Token ids int64 [R] on the device; per row log probabilities if asked for, and what went wrong."""
+    """What was sampled, on the device; nothing here has waited for it.
+
+    Attributes:
+        token_ids: int32 [R]; always within the vocabulary.
+        outcome: int32 [R]; the token's id, or a negative code of what is wrong with the row.
+        figures: float64, of the rows `wanted`, with counts[i] alternatives; None if nobody asked.
+        failed: what the host knows to have gone wrong, per row.
+    """
 
     token_ids: Tensor
-    logprobs: tuple[TokenLogprobs | None, ...]
-    errors: tuple[str | None, ...]
+    outcome: Tensor
+    figures: Tensor | None
+    wanted: tuple[int, ...]
+    counts: tuple[int, ...]
+    failed: tuple[str | None, ...]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What `read` needs on the host."""
+        return (self.outcome,) if self.figures is None else (self.outcome, self.figures)
+
+    def read(self, tensors: Sequence[Tensor]) -> SampledRows:
+        """The rows, from copies of `tensors()` on the host."""
+        outcome: list[int] = tensors[0].tolist()
+        logprobs: list[TokenLogprobs | None] = [None] * len(outcome)
+        if self.figures is not None:
+            for row, entry in zip(self.wanted, logprob_entries(tensors[1], self.counts), strict=True):
+                logprobs[row] = entry
+        errors = [known or _REASONS.get(code) for code, known in zip(outcome, self.failed, strict=True)]
+        return SampledRows(outcome, logprobs, errors)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingColumns:
+    """A `SamplingBatch` on the host: arrays [R] in place of tensors."""
+
+    NUM_BYTES: ClassVar[int] = 32
+    """Of a row."""
+
+    temperature: NDArray[np.float32]
+    top_k: NDArray[np.int32]
+    top_p: NDArray[np.float32]
+    min_p: NDArray[np.float32]
+    seeds: NDArray[np.int64]
+    positions: NDArray[np.int64]
+
+    def batch(self, to_device: Callable[[NDArray[Any]], Tensor]) -> SamplingBatch:
+        """The batch. `to_device`: puts an array there."""
+        return SamplingBatch(
+            temperature=to_device(self.temperature),
+            top_k=to_device(self.top_k),
+            top_p=to_device(self.top_p),
+            min_p=to_device(self.min_p),
+            seeds=to_device(self.seeds),
+            positions=to_device(self.positions),
+            all_greedy=not self.temperature.any(),
+            any_top_k=bool(self.top_k.any()),
+            any_top_p=bool((self.top_p < 1).any()),
+            any_min_p=bool(self.min_p.any()),
+        )
 
 
 class SamplingPipeline:
@@ -60,6 +131,7 @@ class SamplingPipeline:
         self._min_p = np.zeros(count, dtype=np.float32)
         self._seeds = np.zeros(count, dtype=np.uint64)
         self._num_logprobs: dict[int, int] = {}
+        self._host_tokens: dict[int, list[int]] = {}
 
     def add(self, slot: int, request: ProcessorRequest, seed: int) -> None:
         """A request takes the slot."""
@@ -75,6 +147,8 @@ class SamplingPipeline:
             try:
                 if processor.add(slot, request):
                     active.add(slot)
+                    if processor.needs_host_tokens(params):
+                        self._host_tokens[slot] = list(request.token_ids)
             except Exception as error:
                 self._fail([slot], name, error)
 
@@ -82,6 +156,7 @@ class SamplingPipeline:
         """The slot is free again."""
         self._num_logprobs.pop(slot, None)
         self._failed.pop(slot, None)
+        self._host_tokens.pop(slot, None)
         for (name, processor), active in zip(self._processors, self._active, strict=True):
             if slot in active:
                 active.discard(slot)
@@ -90,23 +165,64 @@ class SamplingPipeline:
                 except Exception:
                     logger.warning("logits processor %r failed to give up a slot", name, exc_info=True)
 
-    def run(self, logits: Tensor, slots: Sequence[int], num_tokens: Sequence[int], token_ids: Tensor) -> SamplingResult:
-        """Sample one token per row.
+    def told(self, slot: int, token: int) -> None:
+        """The host has learnt the slot's newest token."""
+        if slot in self._host_tokens:
+            self._host_tokens[slot].append(token)
+
+    def columns(self, slots: Sequence[int], num_tokens: Sequence[int]) -> SamplingColumns:
+        """The sampler's parameters for these rows; `num_tokens` are the positions of the tokens to be sampled."""
+        index = np.asarray(slots, dtype=np.int64)
+        return SamplingColumns(
+            temperature=self._temperature[index],
+            top_k=self._top_k[index],
+            top_p=self._top_p[index],
+            min_p=self._min_p[index],
+            seeds=self._seeds[index].view(np.int64),
+            positions=np.asarray(num_tokens, dtype=np.int64),
+        )
+
+    def run(
+        self, logits: Tensor, slots: Sequence[int], num_tokens: Sequence[int], token_ids: Tensor, batch: SamplingBatch
+    ) -> SamplingResult:
+        """Sample one token per row. The host does not wait, unless a processor or the sampler does.
 
         Args:
             logits: float32 [R, V]; overwritten.
             slots: slot of each row.
             num_tokens: tokens known of each row's request; the position of the token to be sampled.
             token_ids: int32 [max_num_reqs, L], the known tokens of every slot.
+            batch: `columns` of the same rows, on the device.
         """
-        # A row is finite if its extremes are (NaN passes through both); no temporary of the logits' size.
-        finite = torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))
-        wanted = [row for row, slot in enumerate(slots) if slot in self._num_logprobs]
-        raw = logits[wanted] if wanted else None  # a copy: the processors come next
-        if self._process(logits, slots, num_tokens, token_ids):
-            self._fail_empty(logits, finite, slots)
-        tokens = self._sampler.sample(logits, self._batch(slots, num_tokens))
-        return SamplingResult(tokens, self._logprobs(raw, wanted, slots, tokens), self._errors(finite, slots))
+        # A row is finite if its range is (NaN passes through); no temporary of the logits' size.
+        low, high = torch.aminmax(logits, dim=-1)
+        finite = high - low < math.inf
+        wanted = tuple(row for row, slot in enumerate(slots) if slot in self._num_logprobs)
+        chosen = self._index(wanted) if wanted else None
+        raw = None if chosen is None else logits.index_select(0, chosen)  # a copy: the processors come next
+        has_processed = self._process(logits, slots, num_tokens, token_ids)
+        # A row that lost every token to the processors has failed, for whatever it draws is forbidden.
+        empty = logits.amax(-1) == -math.inf if has_processed else None
+        drawn: object = self._sampler.sample(logits, batch)
+        if not isinstance(drawn, Tensor) or drawn.shape != logits.shape[:1]:
+            what = list(drawn.shape) if isinstance(drawn, Tensor) else type(drawn).__name__
+            raise PluginError(f"{type(self._sampler).__name__}.sample returned {what}; token ids [R] are needed")
+        tokens = drawn.to(torch.int32)
+        outcome = torch.where(finite, tokens, _NOT_FINITE)
+        if empty is not None:
+            outcome = torch.where(finite & empty, _NOTHING_ALLOWED, outcome)
+        # The next step reads the token, whatever is wrong with the row.
+        tokens = outcome.clamp(0, logits.shape[1] - 1)
+        counts = tuple(self._num_logprobs[slots[row]] for row in wanted)
+        figures = None
+        if raw is not None and chosen is not None:
+            figures = logprob_figures(raw, tokens.index_select(0, chosen).long(), counts)
+        failed = tuple(self._failed.get(slot) for slot in slots)
+        return SamplingResult(tokens, outcome, figures, wanted, counts, failed)
+
+    def _index(self, rows: Sequence[int]) -> Tensor:
+        """Row numbers on the device; not waited for, as indexing by a list would."""
+        return torch.tensor(rows, dtype=torch.int64).to(self._device, non_blocking=True)
 
     def _process(self, logits: Tensor, slots: Sequence[int], num_tokens: Sequence[int], token_ids: Tensor) -> bool:
         """Run the active processors; whether there were any."""
@@ -119,67 +235,25 @@ class SamplingPipeline:
                 continue
             any_ran = True
             chosen = [slots[row] for row in rows]
-            ctx = ProcessorContext(chosen, [num_tokens[row] for row in rows], token_ids)
+            known = [self._host_tokens.get(slot, ()) for slot in chosen] if self._host_tokens else []
+            ctx = ProcessorContext(chosen, [num_tokens[row] for row in rows], token_ids, known)
             try:
                 if len(rows) == len(slots):
                     processor.apply(logits, ctx)
                 else:
-                    part = logits[rows]
+                    index = self._index(rows)
+                    part = logits.index_select(0, index)
                     processor.apply(part, ctx)
-                    logits[rows] = part
+                    logits.index_copy_(0, index, part)
             except Exception as error:
                 self._fail(chosen, name, error)
         return any_ran
-
-    def _fail_empty(self, logits: Tensor, finite: Tensor, slots: Sequence[int]) -> None:
-        """A row that lost every token to the processors has failed, for whatever it draws is forbidden."""
-        empty = finite & (logits == float("-inf")).all(-1)
-        for row in empty.nonzero().flatten().tolist():
-            self._failed.setdefault(slots[row], NOTHING_ALLOWED)
 
     def _fail(self, slots: Sequence[int], name: str, error: Exception) -> None:
         """A processor that raises fails the requests that it was asked for, and no others."""
         logger.warning("logits processor %r failed", name, exc_info=error)
         for slot in slots:
             self._failed[slot] = f"logits processor {name!r} failed: {type(error).__name__}: {error}"
-
-    def _batch(self, slots: Sequence[int], num_tokens: Sequence[int]) -> SamplingBatch:
-        index = np.asarray(slots)
-        temperature, top_k = self._temperature[index], self._top_k[index]
-        top_p, min_p = self._top_p[index], self._min_p[index]
-        return SamplingBatch(
-            temperature=torch.from_numpy(temperature).to(self._device),
-            top_k=torch.from_numpy(top_k).to(self._device),
-            top_p=torch.from_numpy(top_p).to(self._device),
-            min_p=torch.from_numpy(min_p).to(self._device),
-            seeds=torch.from_numpy(self._seeds[index].view(np.int64)).to(self._device),
-            positions=torch.tensor(num_tokens, device=self._device),
-            all_greedy=not temperature.any(),
-            any_top_k=bool(top_k.any()),
-            any_top_p=bool((top_p < 1).any()),
-            any_min_p=bool(min_p.any()),
-        )
-
-    def _logprobs(
-        self, raw: Tensor | None, wanted: Sequence[int], slots: Sequence[int], tokens: Tensor
-    ) -> tuple[TokenLogprobs | None, ...]:
-        found: list[TokenLogprobs | None] = [None] * len(slots)
-        if raw is not None:
-            counts = [self._num_logprobs[slots[row]] for row in wanted]
-            for row, entry in zip(wanted, token_logprobs(raw, tokens[wanted], counts), strict=True):
-                found[row] = entry
-        return tuple(found)
-
-    def _errors(self, finite: Tensor, slots: Sequence[int]) -> tuple[str | None, ...]:
-        healthy = finite.tolist()
-        return tuple(
-            self._failed.get(slot) or (None if good else NOT_FINITE) for slot, good in zip(slots, healthy, strict=True)
-        )
-
-
-def prompt_logprobs(logits: Tensor, targets: Tensor, count: int) -> list[TokenLogprobs]:
-    """Entries for prompt positions: logits float32 [T, V] predict targets int64 [T]."""
-    return token_logprobs(logits, targets, [count] * targets.numel())
 
 
 def validate_params(params: SamplingParams, vocab_size: int, processors: Sequence[type[LogitsProcessor]]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quire.contract.sampling import Sampler, SamplerInit, SamplingBatch
-from quire.sampling.philox import uniform
+from quire.sampling.philox import seeded_uniform
 
 SORT_LIMIT = 1024
 """Up to this k the k-th value is selected, above it the row is sorted."""
@@ -33,7 +33,7 @@ class TorchSampler(Sampler):
         tokens = logits.argmax(-1)
         if batch.all_greedy:
             return tokens
-        draws = uniform(batch.seeds, batch.positions)
+        draws = seeded_uniform(batch.seeds, batch.positions)
         rows = zip(
             batch.temperature.tolist(), batch.top_k.tolist(), batch.top_p.tolist(), batch.min_p.tolist(), strict=True
         )

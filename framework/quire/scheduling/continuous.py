@@ -40,6 +40,8 @@ class ContinuousScheduler(Scheduler):
         super().__init__(init)
         self._allocator, self._policy = init.allocator, init.policy
         self._waiting = WaitingQueue(init.policy, init.clock)
+        # Tokens that the whole pool can hold for one request.
+        self._capacity = init.allocator.stats().total * init.allocator.init.block_size
         self._running: dict[str, Request] = {}
         self._requests: dict[str, Request] = {}
         self._free_slots = list(range(init.max_num_seqs - 1, -1, -1))
@@ -48,13 +50,14 @@ class ContinuousScheduler(Scheduler):
         self._forkable: set[str] = set()
         self._untrusted: set[str] = set()
         self._prompt_logprobs_told: dict[str, int] = {}
+        self._unhurried: set[str] = set()
         self._step_id = 0
         self._num_preemptions = self._num_finished = 0
 
     def add(self, request: Request) -> None:
         if request.request_id in self._requests:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
-        room = self._capacity()
+        room = self._capacity
         if request.num_prompt_tokens >= room:
             raise RequestError(
                 f"the prompt has {request.num_prompt_tokens:,} tokens; the KV cache holds {room:,}, prompt and output",
@@ -62,6 +65,8 @@ class ContinuousScheduler(Scheduler):
                 remedy="shorten the prompt, or raise num_kv_blocks or kv_cache_memory",
             )
         self._requests[request.request_id] = request
+        if self.init.needs_host_tokens(request.params):
+            self._unhurried.add(request.request_id)
         self._waiting.push(request)
 
     def finish(self, request_id: str, reason: FinishReason) -> Request | None:
@@ -115,6 +120,8 @@ class ContinuousScheduler(Scheduler):
 
     def _wants_step(self, request: Request) -> bool:
         """Whether there is something to compute that no scheduled step computes, and the length allows it."""
+        if request.num_pending_tokens and request.request_id in self._unhurried:
+            return False
         expected = request.num_output_tokens + request.num_pending_tokens
         is_complete = request.num_pending_tokens > 0 and expected >= request.max_tokens
         return request.num_computed_tokens < request.num_tokens and not is_complete
@@ -282,7 +289,7 @@ class ContinuousScheduler(Scheduler):
             request.stop_reason = token if token in request.params.stop_token_ids else None
             return FinishReason.STOP
         known = request.num_prompt_tokens + request.num_output_tokens
-        limit = min(self.init.max_model_len, self._capacity())
+        limit = min(self.init.max_model_len, self._capacity)
         if request.num_output_tokens >= request.max_tokens or known >= limit:
             return FinishReason.LENGTH
         return None
@@ -306,6 +313,7 @@ class ContinuousScheduler(Scheduler):
             return
         del self._outstanding[key], self._requests[key]
         self._forkable.discard(key)
+        self._unhurried.discard(key)
         self._prompt_logprobs_told.pop(key, None)
         if key in self._untrusted:
             self._untrusted.remove(key)
@@ -318,10 +326,6 @@ class ContinuousScheduler(Scheduler):
         self._released.append(request.slot)
         self._free_slots.append(request.slot)
         request.slot = -1
-
-    def _capacity(self) -> int:
-        """Tokens that the whole pool can hold for one request."""
-        return self._allocator.stats().total * self._allocator.init.block_size
 
     def _view(self) -> SchedulerView:
         stats = self._allocator.stats()

@@ -37,8 +37,9 @@ class Round:
 
     def grant(self, request: Request, allocation: Allocation) -> None:
         """Blocks that the executor must learn of with the request's row."""
-        self._granted[request.request_id] = allocation.block_ids
-        self._copies.extend(allocation.copies)
+        if allocation.block_ids:
+            self._granted[request.request_id] = allocation.block_ids
+            self._copies.extend(allocation.copies)
 
     def add_row(self, request: Request, first: int, count: int, samples: bool) -> None:
         """The request computes `count` tokens from position `first`."""

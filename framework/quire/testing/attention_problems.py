@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.contract.attention import AttentionBackend, AttentionLayer, HeadNorm, KVCaches, QKVStep
+from quire.contract.attention import AttentionBackend, AttentionLayer, HeadNorm, KVCaches, QKVStep, in_cache_dtype
 from quire.testing.batches import BatchCase, make_batch
 
 CASES: dict[str, tuple[Sequence[int], Sequence[int]]] = {
@@ -28,10 +28,20 @@ LAYERS: dict[str, dict[str, Any]] = {
     "softcap": {"num_heads": 4, "num_kv_heads": 2, "logit_softcap": 2.0},
     "sinks": {"num_heads": 4, "num_kv_heads": 2, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
     "window and sinks": {"num_heads": 2, "num_kv_heads": 1, "sliding_window": 5, "sinks": torch.tensor([1.0, 0.0])},
+    "alibi": {"num_heads": 4, "num_kv_heads": 2, "alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])},
+    "alibi, softcap, window": {
+        "num_heads": 3,
+        "num_kv_heads": 1,
+        "alibi_slopes": torch.tensor([1.0, 0.1, 0.01]),
+        "logit_softcap": 2.0,
+        "sliding_window": 9,
+    },
     "other v size": {"num_heads": 4, "num_kv_heads": 2, "v_head_dim": 16},
 }
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Largest absolute error for values of order one, by dtype."""
+KV_TOLERANCE = {"fp8_e4m3": 0.15}
+"""What a cache's dtype may add to it: of 3 bits after the point, numbers up to 4 are off by up to 1/8."""
 
 
 def make_layer(name: str, head_dim: int = 32) -> AttentionLayer:
@@ -40,8 +50,11 @@ def make_layer(name: str, head_dim: int = 32) -> AttentionLayer:
     return AttentionLayer(layer_id=0, **fields)
 
 
-def oracle(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one request in float64: q [q, Hq, D] are the last of k [n, Hkv, D], v [n, Hkv, Dv]."""
+def oracle(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend | None = None) -> Tensor:
+    """Attention of one request in float64: q [q, Hq, D] are the last of k [n, Hkv, D], v [n, Hkv, Dv].
+
+    `backend`: over the keys that it says it sees.
+    """
     count, length = q.shape[0], k.shape[0]
     out = torch.empty(count, layer.num_heads, layer.v_head_dim, dtype=torch.float64)
     group = layer.num_heads // layer.num_kv_heads
@@ -50,12 +63,17 @@ def oracle(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for row in range(count):
             position = length - count + row
             first = 0 if layer.sliding_window is None else max(0, position - layer.sliding_window + 1)
-            scores = keys[first : position + 1] @ q[row, head].double() * layer.scale
+            at = torch.arange(first, position + 1)
+            kept = None if backend is None else backend.sees(layer, torch.tensor([[position]]), at)
+            at = at if kept is None else at[kept[0]]
+            scores = keys[at] @ q[row, head].double() * layer.scale
             if layer.logit_softcap is not None:
                 scores = layer.logit_softcap * torch.tanh(scores / layer.logit_softcap)
+            if layer.alibi_slopes is not None:
+                scores = scores + layer.alibi_slopes[head].double() * (at - position)
             weights = scores.exp()
             total = weights.sum() + (layer.sinks[head].double().exp() if layer.sinks is not None else 0.0)
-            out[row, head] = (weights / total) @ values[first : position + 1]
+            out[row, head] = (weights / total) @ values[at]
     return out
 
 
@@ -81,7 +99,9 @@ class Problem:
         block_size: int = 16,
         seed: int = 0,
         padding: tuple[int, int] = (0, 0),
+        stored: torch.dtype | None = None,
     ) -> Problem:
+        """A random problem; `stored`: keys and values are numbers that this dtype holds exactly."""
         query_lens, context_lens = lens
         case = make_batch(
             query_lens, context_lens, block_size=block_size, pad_reqs=padding[0], pad_tokens=padding[1], seed=seed
@@ -91,6 +111,10 @@ class Problem:
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(dtype)
 
+        def draw_kv(*shape: int) -> Tensor:
+            drawn = draw(*shape)
+            return drawn if stored is None else in_cache_dtype(drawn, stored).to(dtype)
+
         totals = [q + c for q, c in zip(query_lens, context_lens, strict=True)]
         return cls(
             layer,
@@ -98,8 +122,8 @@ class Problem:
             query_lens,
             context_lens,
             draw(case.batch.num_tokens, layer.num_heads, layer.head_dim),
-            [draw(total, layer.num_kv_heads, layer.head_dim) for total in totals],
-            [draw(total, layer.num_kv_heads, layer.v_head_dim) for total in totals],
+            [draw_kv(total, layer.num_kv_heads, layer.head_dim) for total in totals],
+            [draw_kv(total, layer.num_kv_heads, layer.v_head_dim) for total in totals],
         )
 
     def new_kv(self) -> tuple[Tensor, Tensor]:
@@ -113,7 +137,7 @@ class Problem:
 
     def fill(self, backend: AttentionBackend, poison: float) -> KVCaches:
         """Caches that hold the rows' contexts; every slot that nobody owns holds `poison`."""
-        specs = backend.kv_spec(self.layer, self.case.batch.block_size, self.q.dtype)
+        specs = backend.kv_spec(self.layer, self.case.batch.block_size, backend.init.cache_dtype)
         device = self.q.device
         caches = tuple(
             torch.full((self.case.num_blocks, *spec.shape), poison, device=device).to(spec.dtype) for spec in specs
@@ -127,11 +151,11 @@ class Problem:
                 backend.write_kv(self.layer, self.keys[row][:context], self.values[row][:context], caches, batch)
         return caches
 
-    def expected(self) -> list[Tensor]:
-        """The oracle's result per row."""
+    def expected(self, backend: AttentionBackend | None = None) -> list[Tensor]:
+        """The oracle's result per row; with a backend, over the keys that it says it sees."""
         starts = torch.tensor([0, *self.query_lens]).cumsum(0).tolist()
         return [
-            oracle(self.layer, self.q[start : start + count], k, v)
+            oracle(self.layer, self.q[start : start + count], k, v, backend)
             for start, count, k, v in zip(starts, self.query_lens, self.keys, self.values, strict=False)
         ]
 
@@ -159,7 +183,7 @@ def make_step(
     )
     kv = tuple(
         torch.zeros(case.num_blocks, *spec.shape, dtype=spec.dtype)
-        for spec in backend.kv_spec(layer, block_size, dtype)
+        for spec in backend.kv_spec(layer, block_size, backend.init.cache_dtype)
     )
     return QKVStep(
         layer=layer,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quire.contract.attention import AttentionBackend, GraphSupport, QKVStep
+from quire.contract.attention import KV_DTYPES, AttentionBackend, GraphSupport, QKVStep
 from quire.testing.attention_harness import AttentionHarness
 from quire.testing.attention_problems import CASES, LAYERS, Problem, make_layer, make_step
 from quire.testing.batches import make_batch
@@ -40,6 +40,27 @@ class AttentionPromises(AttentionHarness):
             results = [(*prepare(backend, one), *one.kv) for prepare, one in _both_ways(backend_class, step)]
             for composed, fused in zip(*results, strict=True):
                 torch.testing.assert_close(fused, composed, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("kv_dtype", sorted(KV_DTYPES))
+    def test_prepare_qkv_fills_every_cache(self, backend_class: type[AttentionBackend], kv_dtype: str) -> None:
+        """Into a cache of a declared dtype a fused `prepare_qkv` rounds as `write_kv` does, and stays within its range.
+
+        If it fails: limit what is written to the dtype's range before it is rounded, to the nearest and to even.
+        """
+        if kv_dtype not in backend_class.caps.kv_dtypes:
+            pytest.skip(f"does not declare the cache dtype {kv_dtype!r}")
+        backend = self.make(backend_class, make_layer("gqa"), torch.float32, 16, kv_dtype=kv_dtype)
+        step = make_step(backend, CASES["mixed"], torch.float32, norms="both", rotary_dim=32)
+        step.qkv[0] *= 1e4  # values are not normed
+        step = placed(step, self.device)
+        caches = []
+        for prepare, one in _both_ways(backend_class, step):
+            prepare(backend, one)
+            caches.append(torch.cat([cache.float().flatten() for cache in one.kv]))
+        composed, fused = caches
+        assert torch.isfinite(fused).all()
+        assert (composed == fused).float().mean() > 0.99
+        torch.testing.assert_close(fused, composed, atol=2**-9, rtol=0.13)  # one step of the coarser number, at most
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_deterministic_prepare_qkv(self, backend_class: type[AttentionBackend], dtype: torch.dtype) -> None:
@@ -114,7 +135,7 @@ class AttentionPromises(AttentionHarness):
         backend.plan(static)
         out = problem.q.new_empty(static.num_tokens, problem.layer.num_heads, problem.layer.v_head_dim)
         backend.forward(problem.layer, problem.q, k, v, caches, static, captured, out)
-        exact = torch.cat(second.expected())
+        exact = torch.cat(second.expected(backend))
         torch.testing.assert_close(out.cpu().double(), exact, atol=self.tolerance[torch.float32], rtol=1e-4)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

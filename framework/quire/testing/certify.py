@@ -26,7 +26,7 @@ from quire.contract.ops import OpInit
 from quire.contract.provider import Provider
 from quire.errors import ConfigError
 from quire.registry import HostOptions, PluginHost, build_host
-from quire.testing.tiny_models import ARCHITECTURES
+from quire.testing.tiny_models import ARCHITECTURES, architecture_of
 
 Verdict = Literal["certified", "failed", "not run"]
 
@@ -42,24 +42,20 @@ class Kit:
     Attributes:
         target: `module:class` of the kit. fixture: the fixture that gives the class under test.
         needs: attributes that the provider has to give in `conformance`.
-        others: further fixtures, from the host and the provider.
+        others: further fixtures, from the host.
     """
 
     target: str
     fixture: str
     needs: tuple[str, ...] = ()
-    others: Callable[[PluginHost, Provider], Mapping[str, Any]] = lambda host, provider: {}
+    others: Callable[[PluginHost], Mapping[str, Any]] = lambda host: {}
 
 
-def _with_scheduler(host: PluginHost, provider: Provider) -> Mapping[str, Any]:
+def _with_scheduler(host: PluginHost) -> Mapping[str, Any]:
     return {
         "allocator_class": host.load("kv_allocator", "paged"),
         "policy_class": host.load("scheduler_policy", "fcfs"),
     }
-
-
-def _with_model(host: PluginHost, provider: Provider) -> Mapping[str, Any]:
-    return {"architecture": provider.name, "parts": (host.load("attention", "cpu_ref"), host.load("op", "torch"))}
 
 
 def _kit(name: str, kit: str, fixture: str, **more: Any) -> Kit:
@@ -76,11 +72,11 @@ KITS: Mapping[str, Kit] = MappingProxyType(
         "logits_processor": _kit("logits_processor", "LogitsProcessor", "processor_class", needs=("active_params",)),
         "quantization": _kit("quantization", "Quantization", "method_class"),
         "op": _kit("op", "Op", "op_set"),
-        "model": _kit("model", "Model", "spec", others=_with_model),
+        "model": _kit("model", "Model", "spec"),
         "output_parser": _kit("output_parser", "OutputParser", "parser_class", needs=("samples",)),
         "metrics_sink": _kit("metrics_sink", "MetricsSink", "sink_class"),
         "device": _kit("device", "Device", "device_class"),
-        "executor": _kit("executor", "Executor", "executor_class", others=lambda host, provider: {"host": host}),
+        "executor": _kit("executor", "Executor", "executor_class", others=lambda host: {"host": host}),
     }
 )
 """Extension point -> its kit. A point without one cannot be certified."""
@@ -121,18 +117,25 @@ def conformance(point: str, name: str, options: HostOptions | None = None) -> ty
     provider, _ = _find(host, point, name)
     if reason := why_not(host, provider):
         raise ConfigError(f"{point} {name!r} cannot be tested here: {reason}")
-    kit = KITS[point]
     target = host.load(point, name)
-    base = _load(kit.target)
-    given = {
-        key: staticmethod(value) if inspect.isfunction(value) else value
-        for key, value in getattr(target, "conformance", {}).items()
-    }
     device = {} if not provider.devices or "cpu" in provider.devices else {"device": min(provider.devices)}
     subject = target(OpInit(torch.device(device.get("device", "cpu")), 256)) if point == "op" else target
-    fixtures = {kit.fixture: subject, **kit.others(host, provider)}
-    members = {fixture: _fixture(fixture, value) for fixture, value in fixtures.items()}
-    return type(f"Test_{point}_{name}", (base,), {**given, **device, **members})
+    return case_of(point, subject, host, **{**getattr(target, "conformance", {}), **device})
+
+
+def case_of(point: str, subject: Any, host: PluginHost | None = None, **attributes: Any) -> type:
+    """The kit's class for any implementation, installed or not, ready for pytest to collect.
+
+    Args:
+        point: the extension point. subject: the class under test (of `op` an instance, of `model` the spec).
+        host: where other parts come from, such as the allocator that a scheduler runs on.
+        attributes: the kit's own, such as `samples`.
+    """
+    kit = KITS[point]
+    fixtures = {kit.fixture: subject, **kit.others(host or build_host())}
+    members = {name: staticmethod(value) if inspect.isfunction(value) else value for name, value in attributes.items()}
+    members |= {fixture: _fixture(fixture, value) for fixture, value in fixtures.items()}
+    return type(f"Test_{point}_{getattr(subject, '__name__', 'subject')}", (_load(kit.target),), members)
 
 
 def why_not(host: PluginHost, provider: Provider) -> str:
@@ -142,9 +145,9 @@ def why_not(host: PluginHost, provider: Provider) -> str:
     kit = KITS.get(provider.point)
     if kit is None:
         return "the point has no kit"
-    if provider.point == "model" and provider.name not in ARCHITECTURES:
-        return f"the kit can make checkpoints of {', '.join(ARCHITECTURES)} only"
     target = host.load(provider.point, provider.name)
+    if provider.point == "model" and architecture_of(target) is None:
+        return f"the kit can make checkpoints of {', '.join(ARCHITECTURES)} only"
     given = getattr(target, "conformance", {})
     needs = ("sample",) if provider.point == "quantization" and target.checkpoint_names else kit.needs
     missing = [name for name in needs if name not in given]

@@ -61,6 +61,36 @@ class DeviceConformance:
         runner = device.graph_runner()
         assert runner.run(None, lambda: 7) == 7
         x = torch.ones(2, device=device.torch_device())
-        keys = runner.keys()
+        keys = sorted(runner.keys(), key=lambda key: key.num_tokens, reverse=True)
         for key in keys:
+            runner.capture(key, lambda: x + 1)
             assert float(runner.run(key, lambda: x + 1).sum()) == 4.0
+        x.fill_(3.0)  # the same address, another content
+        for key in keys:
+            assert float(runner.run(key, lambda: x + 1).sum()) == 8.0
+
+    def test_copies_to_the_host(self, device: Device) -> None:
+        """A copy brings what the device had computed when it was started, on the CPU; an empty one waits for that work.
+
+        If it fails: start it behind the work of the current stream, keep the source's memory from others until it has
+        ended, and let `wait` return when it has.
+        """
+        at = device.torch_device()
+        copies = [
+            device.copy_to_host([torch.full((50_000,), value, device=at) * 2, torch.ones(3, device=at)])
+            for value in range(4)
+        ]
+        for value, copy in enumerate(copies):
+            first, second = copy.wait()
+            assert first.device.type == second.device.type == "cpu"
+            assert (first == 2 * value).all()
+            assert second.tolist() == [1.0] * 3
+        assert device.copy_to_host([]).wait() == ()
+
+    def test_peak_memory(self, device: Device) -> None:
+        """What work takes for a while is 0 where it is not measured, and of the work's size where it is.
+
+        If it fails: measure by the allocator's own account, from before the work to its peak.
+        """
+        peak = device.peak_memory(lambda: torch.zeros(1 << 26, dtype=torch.uint8, device=device.torch_device()))
+        assert peak == 0 or 1 << 26 <= peak < 1 << 28

@@ -72,7 +72,7 @@ class LogitsProcessorConformance:
             processor, buffer = self.make(processor_class), _buffer([_tokens(0)])
             processor.add(0, _request(params, _tokens(0)[:4], 4))
             logits, before = _logits(6, 0), buffer.clone()
-            answer: object = processor.apply(logits, ProcessorContext([0], [6], buffer))
+            answer: object = processor.apply(logits, _context(processor_class, [(0, _tokens(0)[:6], params)], buffer))
             assert answer is None
             assert torch.equal(buffer, before), "the token buffer is read only"
             assert not (logits.isnan() | (logits == float("inf"))).any()
@@ -93,7 +93,8 @@ class LogitsProcessorConformance:
             # Another order in each step; every third row stays out of it now and then.
             rows = [(index + known) % 5 for index in range(5) if known % 3 or index % 3]
             logits = torch.cat([_logits(known, salt) for salt in rows])
-            processor.apply(logits, ProcessorContext([slots[salt] for salt in rows], [known] * len(rows), buffer))
+            chosen = [(slots[salt], _tokens(salt)[:known], params[salt]) for salt in rows]
+            processor.apply(logits, _context(processor_class, chosen, buffer))
             for place, salt in enumerate(rows):
                 assert torch.equal(logits[place : place + 1], alone[salt][known]), f"row {place} with {known} tokens"
 
@@ -166,9 +167,19 @@ class LogitsProcessorConformance:
             buffer = torch.full((NUM_SLOTS, MAX_MODEL_LEN), stale, dtype=torch.int32)
             buffer[slot, :known] = torch.tensor(tokens[:known], dtype=torch.int32)
             logits = _logits(known, salt)
-            processor.apply(logits, ProcessorContext([slot], [known], buffer))
+            processor.apply(logits, _context(processor_class, [(slot, tokens[:known], params)], buffer))
             steps.append((known, logits))
         return steps
+
+
+def _context(
+    processor_class: type[LogitsProcessor], rows: Sequence[tuple[int, Sequence[int], SamplingParams]], buffer: Tensor
+) -> ProcessorContext:
+    """The context of rows (slot, known tokens, parameters); the host's tokens only for those that need them."""
+    needed = [processor_class.needs_host_tokens(params) for _, _, params in rows]
+    known = [tokens if need else () for need, (_, tokens, _) in zip(needed, rows, strict=True)]
+    host = known if any(needed) else ()
+    return ProcessorContext([slot for slot, _, _ in rows], [len(tokens) for _, tokens, _ in rows], buffer, host)
 
 
 def _request(params: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int) -> ProcessorRequest:

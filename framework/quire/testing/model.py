@@ -17,8 +17,9 @@ from quire.errors import UnsupportedModel
 from quire.layers.factory import Operations, PluginLayers
 from quire.loader.checkpoint import read_checkpoint
 from quire.loader.load import load_model
+from quire.registry import build_host
 from quire.testing.batches import make_batch
-from quire.testing.tiny_models import make_checkpoint, reference_model
+from quire.testing.tiny_models import architecture_of, make_checkpoint, reference_model
 
 BLOCK_SIZE = 8
 MAX_LEN = 128
@@ -39,7 +40,8 @@ class PagedRun:
         full = make_batch([len(p) for p in self.prompts], self.done, block_size=BLOCK_SIZE, seed=self.seed)
         self._tables, self._num_blocks = full.tables, full.num_blocks
         specs = [
-            self.backend.kv_spec(layer, BLOCK_SIZE, self.backend.init.dtype) for layer in self.model.attention_layers
+            self.backend.kv_spec(layer, BLOCK_SIZE, self.backend.init.cache_dtype)
+            for layer in self.model.attention_layers
         ]
         self._kv: tuple[KVCaches, ...] = tuple(
             tuple(torch.zeros(self._num_blocks, *spec.shape, dtype=spec.dtype) for spec in layer) for layer in specs
@@ -70,15 +72,18 @@ class PagedRun:
 
 
 class ModelConformance:
-    """Holds a model spec against transformers. Subclass, and give the three fixtures."""
+    """Holds a model spec against transformers. Subclass, and give the fixture `spec`."""
 
     tolerance = 1e-4
     """Largest absolute difference of float32 logits."""
 
     @pytest.fixture
-    def architecture(self) -> str:
-        """A name in `quire.testing.tiny_models.ARCHITECTURES`."""
-        raise pytest.UsageError("define the fixture `architecture`")
+    def architecture(self, spec: ModelSpec) -> str:
+        """A name in `quire.testing.tiny_models.ARCHITECTURES`; by default the first that the spec serves."""
+        name = architecture_of(spec)
+        if name is None:
+            raise pytest.UsageError(f"no small checkpoint is known for {sorted(spec.architectures)}; see tiny_models")
+        return name
 
     @pytest.fixture
     def spec(self) -> ModelSpec:
@@ -87,8 +92,9 @@ class ModelConformance:
 
     @pytest.fixture
     def parts(self) -> tuple[type[AttentionBackend], type[OpSet]]:
-        """The attention backend and op set to run it on."""
-        raise pytest.UsageError("define the fixture `parts`")
+        """The attention backend and op set to run it on; by default the references."""
+        host = build_host()
+        return host.load("attention", "cpu_ref"), host.load("op", "torch")
 
     @pytest.fixture
     def folder(self, architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:

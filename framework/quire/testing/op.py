@@ -127,7 +127,11 @@ class OpConformance:
     @pytest.mark.parametrize("outputs", [70, 96])
     @pytest.mark.parametrize("code", CODES, ids=str)
     def test_quant_linear(self, op_set: OpSet, code: tuple[int, int, Zeros], outputs: int, dtype: torch.dtype) -> None:
-        """`weight` is what the codes mean, and rows, contiguous or not, are multiplied by it."""
+        """`weight` is what the codes mean, and rows, contiguous or not, are multiplied by it.
+
+        If it fails: a weight is (code - zero) · scale of its group, the last group may be cut short, and without zeros
+        the middle is 2**(bits - 1).
+        """
         bits, group_size, kind = code
         spec = QuantLinearSpec(192, outputs, bits, group_size, kind, dtype)
         op, generator = self.build(op_set, spec), _seeded(bits)

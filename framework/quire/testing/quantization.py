@@ -19,6 +19,10 @@ ROWS = (0, 1, 3, 16, 17, 130)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
+Sample = Callable[[int, int, int], tuple[Mapping[str, Tensor], Tensor]]
+"""(in_features, out_features, seed) -> a layer's tensors as a checkpoint stores them, the weight [N, K] they mean."""
+
+
 class ReferenceQuantLinear:
     """`quant_linear` by its definition: the weight is kept whole, each row is multiplied in float64, alone."""
 
@@ -46,10 +50,6 @@ def reference_op(spec: OpSpec) -> ReferenceQuantLinear:
     return ReferenceQuantLinear(spec)
 
 
-Sample = Callable[[int, int, int], tuple[Mapping[str, Tensor], Tensor]]
-"""(in_features, out_features, seed) -> a layer's tensors as a checkpoint stores them, the weight [N, K] they mean."""
-
-
 class QuantizationConformance:
     """What every method must hold. Subclass, and give the fixture `method_class`.
 
@@ -64,6 +64,8 @@ class QuantizationConformance:
     """Makes layers in the checkpoint's format (a static method); None: the method quantizes when it loads."""
     options: object = None
     """The instance of `Provider.options` to construct it with, or None."""
+    op: Callable[[OpSpec], Any] = staticmethod(reference_op)
+    """What it multiplies with, `QuantInit.op`."""
     rounding = 0.15
     """Largest relative error of a weight that is quantized when it is loaded."""
 
@@ -74,7 +76,7 @@ class QuantizationConformance:
 
     def init(self, dtype: torch.dtype) -> QuantInit:
         """What the method is made from, but for the names of stored tensors."""
-        return QuantInit(self.config, {}, torch.device("cpu"), dtype, self.options, op=reference_op)
+        return QuantInit(self.config, {}, torch.device("cpu"), dtype, self.options, type(self).op)
 
     def method(self, method_class: type[QuantMethod], specs: Sequence[LinearSpec]) -> QuantMethod:
         """The method for a checkpoint that stores these layers."""

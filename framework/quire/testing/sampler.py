@@ -12,7 +12,9 @@ from torch import Tensor
 from quire.contract.sampling import Sampler, SamplerInit, SamplingBatch
 
 DRAWS = 4_000
-"""Draws per frequency test: a probability that is off by a tenth of 0.3 is found with a power over 0.99."""
+"""Draws per set of parameters: a probability of 0.3 that is off by 0.06 is found with a power over 0.99."""
+CLOSE_DRAWS = 16_000
+"""Draws of the closer look, without truncation: one that is off by 0.03 is found with the same power."""
 CHI_SQUARE_LIMIT = {1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7, 6: 27.9, 7: 29.9}
 """Degrees of freedom -> value that a right sampler exceeds once in ten thousand runs. Seeds are fixed."""
 
@@ -43,6 +45,11 @@ def sampling_batch(rows: Sequence[RowParams], device: torch.device | str = "cpu"
         any_top_p=any(row.top_p < 1 for row in rows),
         any_min_p=any(row.min_p for row in rows),
     )
+
+
+def chi_square(counts: Tensor, expected: Tensor) -> float:
+    """Pearson's statistic."""
+    return float(((counts - expected) ** 2 / expected).sum())
 
 
 class SamplerConformance:
@@ -91,23 +98,23 @@ class SamplerConformance:
         counts = torch.bincount(drawn, minlength=8).double()
         assert counts[allowed:].sum() == 0, "a token was drawn that is no candidate"
         likely = exact * DRAWS >= 5
-        expected = exact[likely] * DRAWS
-        chi_square = ((counts[:allowed][likely] - expected) ** 2 / expected).sum()
-        assert chi_square < CHI_SQUARE_LIMIT[int(likely.sum()) - 1], f"frequencies are off: {counts.tolist()}"
+        limit = CHI_SQUARE_LIMIT[int(likely.sum()) - 1]
+        assert chi_square(counts[:allowed][likely], exact[likely] * DRAWS) < limit, (
+            f"frequencies are off: {counts.tolist()}"
+        )
 
     def test_frequencies_over_seeds(self, sampler_class: type[Sampler]) -> None:
         """Requests of other seeds draw independently: over neighbouring seeds too, frequencies are as they should be.
 
         If it fails: mix the seed into the generator's key whole; neighbouring seeds must not give neighbouring draws.
         """
-        exact = torch.softmax(torch.tensor(self.logits, dtype=torch.float64), 0)[:7]
-        rows = [RowParams(seed=seed, position=5) for seed in range(DRAWS)]
-        drawn = torch.tensor(self.sample(sampler_class, torch.tensor([self.logits]).repeat(DRAWS, 1), rows))
-        counts = torch.bincount(drawn, minlength=8).double()[:7]
-        chi_square = ((counts - exact * DRAWS) ** 2 / (exact * DRAWS)).sum()
-        assert chi_square < CHI_SQUARE_LIMIT[7], f"frequencies are off: {counts.tolist()}"
+        exact = torch.softmax(torch.tensor(self.logits, dtype=torch.float64), 0)
+        rows = [RowParams(seed=seed, position=5) for seed in range(CLOSE_DRAWS)]
+        drawn = torch.tensor(self.sample(sampler_class, torch.tensor([self.logits]).repeat(CLOSE_DRAWS, 1), rows))
+        counts = torch.bincount(drawn, minlength=8).double()
+        assert chi_square(counts, exact * CLOSE_DRAWS) < CHI_SQUARE_LIMIT[7], f"frequencies are off: {counts.tolist()}"
         repeats = float((drawn[1:] == drawn[:-1]).double().mean())
-        assert abs(repeats - float(exact.square().sum())) < 0.035, "draws of neighbouring seeds go together"
+        assert abs(repeats - float(exact.square().sum())) < 0.02, "draws of neighbouring seeds go together"
 
     def test_greedy_takes_the_largest(self, sampler_class: type[Sampler]) -> None:
         """Temperature 0 takes the largest logit, the lowest id of equals, with sampled rows beside it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -43,6 +44,7 @@ class SchedulerConformance:
         max_num_seqs: int = 4,
         budget: int = 16,
         depth: int = 1,
+        needs_host_tokens: Callable[[SamplingParams], bool] = lambda params: False,
     ) -> Simulation:
         clock = VirtualClock()
         init = SchedulerInit(
@@ -52,6 +54,7 @@ class SchedulerConformance:
             max_num_batched_tokens=budget,
             max_model_len=64,
             clock=clock,
+            needs_host_tokens=needs_host_tokens,
         )
         return Simulation(scheduler_class(init), clock, depth)
 
@@ -122,8 +125,9 @@ class SchedulerConformance:
         """
         simulation = self.make(scheduler_class, allocator_class, policy_class, max_num_seqs=1)
         simulation.add(make_request("patient", [1, 2, 3], 2, simulation.clock, priority=5))
-        for index in range(3_000):
-            simulation.add(make_request(f"r{index}", [index % VOCAB, 4], 2, simulation.clock, priority=0))
+        for index in range(1_000):
+            for twin in ("a", "b"):  # two in three steps of which each needs two: more than can be served
+                simulation.add(make_request(f"{index}{twin}", [index % VOCAB, 4], 2, simulation.clock, priority=0))
             for _ in range(3):
                 simulation.step()
             simulation.clock.advance(1.0)
@@ -219,6 +223,36 @@ class SchedulerConformance:
         allocator = scheduler.init.allocator
         assert allocator.match_prefix(PrefixQuery([ord("b")] * 7)).num_tokens == 0
         assert allocator.match_prefix(PrefixQuery([ord("g")] * 7)).num_tokens >= 4
+
+    def test_requests_that_need_their_tokens_wait_for_them(
+        self,
+        scheduler_class: type[Scheduler],
+        allocator_class: type[KVAllocator],
+        policy_class: type[SchedulerPolicy],
+    ) -> None:
+        """With steps overlapping, such a request is scheduled when all its tokens are known; others do not wait.
+
+        If it fails: ask `init.needs_host_tokens` for the request's parameters, and leave it out of a schedule while it
+        has pending tokens.
+        """
+        bound = SamplingParams(max_tokens=9, min_tokens=9, seed=1)
+        simulation = self.make(
+            scheduler_class, allocator_class, policy_class, depth=2, needs_host_tokens=lambda params: params == bound
+        )
+        requests = [make_request(name, [3, 1, 4], 9, simulation.clock, seed=7) for name in ("bound", "free")]
+        requests[0].params = bound
+        for request in requests:
+            request.stop_token_ids = frozenset()
+            simulation.add(request)
+        free_steps = 0
+        while "free" not in simulation.reasons:
+            simulation.step()
+            free_steps += 1
+            assert requests[0].num_pending_tokens <= 1
+        assert len(simulation.outputs["bound"]) <= 6, "it was scheduled before its token was known"
+        assert free_steps <= 10
+        simulation.drain()
+        simulation.check_outputs()
 
     def test_prefix_hits_are_counted_and_used(
         self,

@@ -128,6 +128,7 @@ class Simulation:
         request = self.scheduler.finish(request_id, FinishReason.ABORT)
         if request is not None:
             self._end(request_id, FinishReason.ABORT)
+            self._check_flying()
 
     def step(self) -> None:
         schedule = self.scheduler.schedule()
@@ -136,6 +137,7 @@ class Simulation:
         self._flying.append((schedule, self._executor.run(schedule)))
         if len(self._flying) >= self._depth:
             self._land()
+        self._check_flying()
         self.scheduler.init.allocator.check()
         self.steps += 1
         self.clock.advance(STEP_SECONDS)
@@ -165,6 +167,13 @@ class Simulation:
         schedule, result = self._flying.popleft()
         for update in self.scheduler.update(schedule, result):
             self._take(update)
+
+    def _check_flying(self) -> None:
+        """A step that has not been updated may still write the blocks of its rows."""
+        for schedule, _ in self._flying:
+            for row in schedule.rows:
+                owned = self.scheduler.init.allocator.blocks(row.request_id)
+                assert owned, f"{row.request_id} gave up its blocks while a step uses them"
 
     def _take(self, update: RequestUpdate) -> None:
         name = update.request.request_id

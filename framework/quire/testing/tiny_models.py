@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from quire.contract.model import ModelSpec
+
 VOCAB = 320
 """256 bytes, a few special tokens, and room."""
 COMMON: Mapping[str, Any] = {
@@ -73,6 +75,18 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "diffllama": ("DiffLlama", {}),
 }
 """Name -> (transformers' class prefix, settings beside COMMON)."""
+
+BRIDGED = "olmo2"
+"""What a spec is tried on that names no architecture, and is asked about any checkpoint."""
+
+
+def architecture_of(spec: ModelSpec) -> str | None:
+    """The first name of ARCHITECTURES whose class the spec serves, if there is one; a bridge serves any."""
+    if not spec.architectures:
+        return BRIDGED
+    return next(
+        (name for name, (prefix, _) in ARCHITECTURES.items() if f"{prefix}ForCausalLM" in spec.architectures), None
+    )
 
 
 def make_checkpoint(name: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:

@@ -84,6 +84,7 @@ class _Decoder:
         self._silent = tokenizer.special_token_ids if skip_special_tokens else frozenset()
         self._window = list(prompt_token_ids[-CONTEXT:])
         self._done = len(self._window)
+        self._before: str | None = None
 
     def add(self, token: int) -> str:
         if token in self._silent:
@@ -102,7 +103,9 @@ class _Decoder:
 
     def _fresh(self, end: int) -> str:
         """Text of the window's tokens up to `end` that has not been given out."""
-        before, whole = self._decode(self._window[: self._done]), self._decode(self._window[:end])
+        if self._before is None:
+            self._before = self._decode(self._window[: self._done])
+        before, whole = self._before, self._decode(self._window[:end])
         if not whole.startswith(before):
             before = before.rstrip(INCOMPLETE)  # the prompt ended within a character, which is complete now
         return whole[len(before) :]
@@ -111,6 +114,9 @@ class _Decoder:
         """All up to `end` is given out; its last piece stays as context."""
         self._window = self._window[self._done :]
         self._done = end - self._done
+        # A lone token, as pieces nearly always are, has the same text each time it is met.
+        lone = self._window[0] if self._done == 1 else None
+        self._before = None if lone is None else self._tokenizer.token_text(lone, skip_special_tokens=self._skip)
 
     def _overdue(self, text: str) -> str:
         """Let go of waiting tokens that can no longer become part of a character."""

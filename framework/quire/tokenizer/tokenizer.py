@@ -50,6 +50,7 @@ class Tokenizer:
             self._tokenizer.chat_template = chat_template
         self._renderer = Renderer(template_timeout)
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        self._token_texts: tuple[dict[int, str], dict[int, str]] = ({}, {})
         self.stop_token_ids = self._end_tokens(generation_config or {})
         added = self._tokenizer.added_tokens_decoder
         special = {token: entry.content for token, entry in added.items() if entry.special}
@@ -80,9 +81,13 @@ class Tokenizer:
         )
         return text
 
-    def token_text(self, token_id: int) -> str:
-        """One token as text."""
-        return self.decode([token_id])
+    def token_text(self, token_id: int, *, skip_special_tokens: bool = False) -> str:
+        """One token as text; remembered, for it is asked for once per token that is made."""
+        known = self._token_texts[skip_special_tokens]
+        text = known.get(token_id)
+        if text is None:
+            text = known[token_id] = self.decode([token_id], skip_special_tokens=skip_special_tokens)
+        return text
 
     def render_chat(
         self,

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from quire_cpu_ref.groups import Group, Shape, make_groups
 from quire_cpu_ref.prepare import can_fuse, normed_and_turned
-from quire_cpu_ref.tiles import TilePlan, plan_tiles, run_tiles
+from quire_cpu_ref.tiles import SPELT_OUT, TilePlan, plan_tiles, run_tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,8 @@ class CpuRefAttention(AttentionBackend):
     caps = AttentionCaps(
         device_types=frozenset({"cpu"}),
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
-        features=frozenset({"causal", "sliding_window", "logit_softcap", "sinks", "v_head_dim"}),
+        kv_dtypes=frozenset({"auto", "fp8_e4m3"}),
+        features=frozenset({"causal", "sliding_window", "logit_softcap", "sinks", "v_head_dim", "alibi"}),
         deterministic=True,
         needs_exact_host_lens=True,
     )
@@ -94,17 +95,17 @@ class CpuRefAttention(AttentionBackend):
 def layer_shape(layer: AttentionLayer) -> Shape:
     """What the layer's groups depend on."""
     elements = layer.num_kv_heads * max(layer.head_dim, layer.v_head_dim)
-    return Shape(layer.sliding_window, layer.num_heads // layer.num_kv_heads, elements)
+    return Shape(layer.sliding_window, layer.num_heads // layer.num_kv_heads, elements, layer.alibi_slopes is not None)
 
 
 def attend(layer: AttentionLayer, q: Tensor, kv: KVCaches, group: Group) -> Tensor:
     """Attention of one group: [B·q, Hq, Dv] of q [T, Hq, D]."""
-    keys, values = (_gather(cache, group) for cache in kv)
+    keys, values = (_gather(cache, group, q.dtype) for cache in kv)
     queries = q.index_select(0, group.tokens)
     folded = (group.num_rows, layer.num_kv_heads, -1)
     queries = queries.view(group.num_rows, group.query_len, layer.num_heads, layer.head_dim).transpose(1, 2)
     queries = queries.reshape(*folded, layer.head_dim)  # [B, Hkv, G·q, D]; head h is h % G of KV head h // G
-    if layer.logit_softcap is None and layer.sinks is None:
+    if not layer.features & SPELT_OUT:
         result = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=group.seen, scale=layer.scale)
     else:
         result = attend_explicitly(layer, queries, keys, values, group)
@@ -112,19 +113,23 @@ def attend(layer: AttentionLayer, q: Tensor, kv: KVCaches, group: Group) -> Tens
     return result.transpose(1, 2).reshape(-1, layer.num_heads, layer.v_head_dim)
 
 
-def _gather(cache: Tensor, group: Group) -> Tensor:
-    """The pieces' KV as [B, Hkv, N, D], with zeros in stale places: a mask cannot hide a NaN."""
-    found = cache.index_select(0, group.blocks).flatten(0, 1)
+def _gather(cache: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+    """The pieces' KV as [B, Hkv, N, D] in the compute dtype, with zeros in stale places: a mask cannot hide a NaN."""
+    found = cache.index_select(0, group.blocks).flatten(0, 1).to(dtype)
     if group.stale.numel():
         found.index_fill_(0, group.stale, 0.0)
     return found.view(group.num_rows, -1, *cache.shape[2:]).transpose(1, 2)
 
 
 def attend_explicitly(layer: AttentionLayer, queries: Tensor, keys: Tensor, values: Tensor, group: Group) -> Tensor:
-    """Attention spelled out, with softcap and sinks: queries [B, Hkv, G·q, D], keys, values [B, Hkv, N, D]."""
+    """Attention spelt out, with softcap, ALiBi and sinks: queries [B, Hkv, G·q, D], keys, values [B, Hkv, N, D]."""
     scores = torch.matmul(queries.float(), keys.float().transpose(-1, -2)) * layer.scale
     if layer.logit_softcap is not None:
         scores = layer.logit_softcap * torch.tanh(scores / layer.logit_softcap)
+    if layer.alibi_slopes is not None:
+        slopes = layer.alibi_slopes.float().view(1, layer.num_kv_heads, -1, 1, 1)
+        assert group.distance is not None
+        scores = scores + (slopes * group.distance[:, None, None]).flatten(2, 3)
     scores = scores.masked_fill(~group.seen, float("-inf"))
     if layer.sinks is not None:
         # A sink is one more position that takes probability and gives no value.

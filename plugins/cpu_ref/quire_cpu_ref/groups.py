@@ -55,6 +55,7 @@ class Group:
         stale: int64; places among the B·N gathered positions that hold another request's leavings.
         seen: bool [B, 1, G·q, N]; whether a query sees a position. The G query heads that share a KV
             head stand one after another, as if they were more queries.
+        distance: float32 [B, q, N]; key position less query position, if the shape asks for it.
     """
 
     num_rows: int
@@ -63,15 +64,22 @@ class Group:
     blocks: Tensor
     stale: Tensor
     seen: Tensor
+    distance: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a layer's groups depend on: its window, G query heads per KV head, and elements of KV per position."""
+    """What a layer's groups depend on.
+
+    Attributes:
+        window: its sliding window. heads_per_kv: G. elements: of K or V, per position.
+        needs_distance: whether scores depend on how far a key is away.
+    """
 
     window: int | None
     heads_per_kv: int
     elements: int
+    needs_distance: bool = False
 
 
 def make_groups(batch: AttentionBatch, shape: Shape) -> tuple[Group, ...]:
@@ -130,4 +138,5 @@ def _group(batch: AttentionBatch, pieces: list[Piece], shape: Shape) -> Group:
         blocks=blocks.flatten(),
         stale=stale.flatten().nonzero().flatten(),
         seen=(seen & owned[:, None]).repeat(1, shape.heads_per_kv, 1)[:, None],
+        distance=(key[:, None] - query).float() if shape.needs_distance else None,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quire.plugin import GatedActSpec, LinearSpec, MoESpec, OpSet, OpSpec, RMSNormSpec, UnsupportedModel
+from quire.plugin import GatedActSpec, GraphSupport, LinearSpec, MoESpec, OpSet, OpSpec, RMSNormSpec, UnsupportedModel
 
 from quire_cpu_ref.linear import DeterministicLinear, PackedLinear, TorchLinear, packs_well
 from quire_cpu_ref.moe import TorchMoE
@@ -15,6 +15,10 @@ class TorchOps(OpSet):
     """Serves every kind of spec, on any device."""
 
     kinds = frozenset({"rms_norm", "gated_act", "linear", "moe"})
+
+    def graph_support(self, spec: OpSpec) -> GraphSupport:
+        # Experts are chosen by the host, which has to know the router's choices.
+        return GraphSupport.NEVER if isinstance(spec, MoESpec) else GraphSupport.ANY
 
     def build(self, spec: OpSpec) -> Any:
         if isinstance(spec, RMSNormSpec):

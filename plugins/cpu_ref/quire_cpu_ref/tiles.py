@@ -17,6 +17,8 @@ from torch.nn import functional
 
 TILE = 16
 KV_PADDING = 64
+SPELT_OUT = frozenset({"logit_softcap", "sinks", "alibi"})
+"""Features that torch's own attention lacks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,35 +96,42 @@ def run_tiles(layer: AttentionLayer, q: Tensor, kv: KVCaches, plan: TilePlan, ou
 
 def _attend_tile(layer: AttentionLayer, queries: Tensor, kv: KVCaches, tile: Tile) -> Tensor:
     """[16, Hq, Dv] of queries [16, Hq, D]."""
-    keys, values = (_gather(cache, tile) for cache in kv)
+    keys, values = (_gather(cache, tile, queries.dtype) for cache in kv)
     group = layer.num_heads // layer.num_kv_heads
     folded = queries.transpose(0, 1).reshape(layer.num_kv_heads, group * TILE, layer.head_dim)
     seen = tile.seen[layer.sliding_window].repeat(group, 1)
-    if layer.logit_softcap is None and layer.sinks is None:
+    if not layer.features & SPELT_OUT:
         found = functional.scaled_dot_product_attention(
             folded[None], keys[None], values[None], attn_mask=seen[None, None], scale=layer.scale
         )
     else:
-        found = _spelt_out(layer, folded, keys, values, seen)
+        found = _spelt_out(layer, folded, keys, values, seen, tile.start)
     return found.reshape(layer.num_heads, TILE, layer.v_head_dim).transpose(0, 1)
 
 
-def _gather(cache: Tensor, tile: Tile) -> Tensor:
-    """[Hkv, N, D]. Behind the last computed position stands what other requests left there, NaN perhaps.
+def _gather(cache: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
+    """[Hkv, N, D] in the compute dtype.
 
-    Zeros in its place change no bit of a real row, whose weights there are exactly zero.
+    Behind the last computed position stands what other requests left there, NaN perhaps. Zeros in its
+    place change no bit of a real row, whose weights there are exactly zero.
     """
-    found = cache.view(-1, *cache.shape[2:]).index_select(0, tile.slots)
+    found = cache.view(-1, *cache.shape[2:]).index_select(0, tile.slots).to(dtype)
     found[tile.start + tile.rows[1] :] = 0.0
     return found.transpose(0, 1)
 
 
-def _spelt_out(layer: AttentionLayer, queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-    """[Hkv, G·16, Dv] with softcap and sinks: queries [Hkv, G·16, D], keys [Hkv, N, D], seen [G·16, N]."""
+def _spelt_out(
+    layer: AttentionLayer, queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor, start: int
+) -> Tensor:
+    """[Hkv, G·16, Dv] with softcap, ALiBi and sinks: queries [Hkv, G·16, D], keys [Hkv, N, D], seen [G·16, N]."""
     width = keys.shape[1]
     scores = torch.bmm(queries.float(), keys.float().transpose(1, 2)) * layer.scale
     if layer.logit_softcap is not None:
         scores = layer.logit_softcap * torch.tanh(scores / layer.logit_softcap)
+    if layer.alibi_slopes is not None:
+        distance = torch.arange(width) - torch.arange(start, start + TILE)[:, None]
+        slopes = layer.alibi_slopes.float().view(layer.num_kv_heads, -1, 1, 1)
+        scores = scores + (slopes * distance).flatten(1, 2)
     scores = scores.masked_fill(~seen, float("-inf"))
     if layer.sinks is not None:
         # 64 columns, so that the softmax's length stays a multiple of its vector width.

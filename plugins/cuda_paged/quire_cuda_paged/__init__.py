@@ -9,7 +9,7 @@ from quire.plugin import Provider, hookimpl
 
 @hookimpl
 def quire_providers() -> Iterable[Provider]:
-    """Attention, operations and device for CUDA."""
+    """Attention, operations, sampler and device for CUDA."""
     cuda = frozenset({"cuda"})
     return (
         Provider(
@@ -31,6 +31,16 @@ def quire_providers() -> Iterable[Provider]:
             devices=cuda,
             probe="quire_cuda_paged.probe:missing",
             summary="norms and gated activations in one launch each",
+        ),
+        Provider(
+            "sampler",
+            "cuda_paged",
+            "quire_cuda_paged.sampler:CudaSampler",
+            api=1,
+            priority=50,
+            devices=cuda,
+            probe="quire_cuda_paged.probe:missing",
+            summary="top-k, top-p and min-p without sorting, one launch for all rows",
         ),
         Provider(
             "device",

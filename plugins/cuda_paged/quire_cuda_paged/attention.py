@@ -12,6 +12,7 @@ from quire.plugin import (
     AttentionCaps,
     AttentionInit,
     AttentionLayer,
+    ConfigError,
     GraphSupport,
     KVCaches,
     QKVStep,
@@ -24,6 +25,8 @@ from quire_cuda_paged.tuning import Launch, Tuning, tuning_for
 
 MIN_TILES = 2
 """Tiles of the shortest part: splitting further costs more in `combine_kernel` than it gains."""
+FIRST_WITH_FP8 = (9, 0)
+"""Compute capability from which Triton converts 8-bit floats to bfloat16 (for 8.9 its code does not assemble)."""
 MIN_DIM = 16
 """Smallest side of a matrix that Triton multiplies."""
 
@@ -75,15 +78,23 @@ class CudaPagedAttention(AttentionBackend):
     caps = AttentionCaps(
         device_types=frozenset({"cuda"}),
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
-        features=frozenset({"causal", "sliding_window", "logit_softcap", "sinks", "v_head_dim"}),
+        kv_dtypes=frozenset({"auto", "fp8_e4m3"}),
+        features=frozenset({"causal", "sliding_window", "logit_softcap", "sinks", "v_head_dim", "alibi"}),
         graph=GraphSupport.UNIFORM,
     )
 
     def __init__(self, init: AttentionInit) -> None:
         super().__init__(init)
         self._capability, self._num_multiprocessors = _machine(init.device)
+        if init.kv_dtype != "auto" and self._capability < FIRST_WITH_FP8:
+            raise ConfigError(
+                f"kv_cache_dtype is {init.kv_dtype!r}; this GPU has compute capability "
+                f"{'.'.join(map(str, self._capability))}, and {'.'.join(map(str, FIRST_WITH_FP8))} is needed",
+                remedy="leave kv_cache_dtype at auto",
+            )
         self._workspaces = {shape: self._workspace(shape) for shape in {shape_of(layer) for layer in init.layers}}
-        self._sinks = {layer.layer_id: layer.sinks.float() for layer in init.layers if layer.sinks is not None}
+        self._sinks = _per_layer(init, "sinks")
+        self._slopes = _per_layer(init, "alibi_slopes")
 
     def prepare_qkv(self, step: QKVStep) -> tuple[Tensor, Tensor, Tensor]:
         return fused_prepare_qkv(step) if can_fuse(step) else super().prepare_qkv(step)
@@ -162,6 +173,7 @@ class CudaPagedAttention(AttentionBackend):
             space.split_start,
             space.chunk,
             self._sinks.get(layer.layer_id, space.lse),
+            self._slopes.get(layer.layer_id, space.lse),
             batch.query_start_loc[batch.num_reqs :],
             num_rows,
             batch.num_tokens if is_last else 0,
@@ -179,6 +191,7 @@ class CudaPagedAttention(AttentionBackend):
             WINDOW=layer.sliding_window or 0,
             SOFTCAP=layer.logit_softcap is not None,
             SINKS=layer.sinks is not None,
+            ALIBI=layer.alibi_slopes is not None,
             PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
@@ -201,7 +214,7 @@ class CudaPagedAttention(AttentionBackend):
         """Everything that must not be allocated per step, for the largest batch."""
         device, rows = self.init.device, self.init.max_num_reqs
         d_pad, dv_pad = _padded(shape.head_dim), _padded(shape.v_head_dim)
-        tuning = tuning_for(self._capability, max(d_pad, dv_pad))
+        tuning = tuning_for(self._capability, max(d_pad, dv_pad), 8 * self.init.cache_dtype.itemsize)
         decode_queries = _block_m(tuning.decode, shape.group) // shape.group
         target = max(1, self._num_multiprocessors * tuning.waves // shape.num_kv_heads)
         items = (rows + target) * shape.num_heads * decode_queries
@@ -214,6 +227,12 @@ class CudaPagedAttention(AttentionBackend):
             parts=torch.empty(items, dv_pad, dtype=torch.float32, device=device),
             lse=torch.empty(max(items, shape.num_heads), dtype=torch.float32, device=device),
         )
+
+
+def _per_layer(init: AttentionInit, name: str) -> dict[int, Tensor]:
+    """float32 [Hq] of the layers that have such a tensor, by layer id."""
+    found = ((layer.layer_id, getattr(layer, name)) for layer in init.layers)
+    return {layer_id: tensor.float() for layer_id, tensor in found if tensor is not None}
 
 
 def shape_of(layer: AttentionLayer) -> Shape:
@@ -252,6 +271,6 @@ def _num_leading(lengths: Tensor, most: int) -> int:
 def _machine(device: torch.device) -> tuple[tuple[int, int], int]:
     """(compute capability, number of multiprocessors). On a CPU, where Triton interprets, those of a small GPU."""
     if device.type != "cuda":
-        return (8, 0), 4
+        return (9, 0), 4
     properties = torch.cuda.get_device_properties(device)
     return (properties.major, properties.minor), properties.multi_processor_count

@@ -70,82 +70,75 @@ def _last_not_after(starts_ptr, place, count, base, BLOCK_Q: tl.constexpr, BLOCK
 
 
 @triton.jit
+def _block_ids(table, start, in_tile, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """int64 block ids of the positions start + in_tile: one if a tile lies within a block, else [TILE]."""
+    ids, width = table
+    place = start // BLOCK_SIZE if BLOCK_SIZE % TILE == 0 else (start + in_tile) // BLOCK_SIZE
+    return tl.load(ids + tl.minimum(place, width - 1)).to(tl.int64)
+
+
+@triton.jit
+def _row(cache, block, slot, kv_head):
+    """Where slots of a cache begin: pointers to their first elements."""
+    pointer, block_stride, slot_stride, head_stride = cache
+    return pointer + (block * block_stride + kv_head * head_stride + slot * slot_stride)
+
+
+@triton.jit
+def _load(row, known, IS_KEY: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    """A tile of a cache: of the keys [D_PAD, TILE], of the values [TILE, D_PAD]."""
+    along: tl.constexpr = 0 if IS_KEY else 1  # where the axis that is not the positions' goes
+    d = tl.expand_dims(tl.arange(0, D_PAD), 1 - along)
+    at = tl.expand_dims(row, along) + d
+    if MASKED:
+        return tl.load(at, mask=tl.expand_dims(known, along) & (d < D), other=0.0)
+    if D == D_PAD:
+        return tl.load(at)
+    return tl.load(at, mask=d < D, other=0.0)
+
+
+@triton.jit
+def _scores(products, scale, softcap, SOFTCAP: tl.constexpr):
+    """Scores in base 2 of the products of queries and keys."""
+    if SOFTCAP:  # scale is over the cap; tanh by exp2, which the GPU has in hardware
+        capped = products * scale
+        return (1.0 - 2.0 / (tl.exp2(capped * (2.0 * LOG2E)) + 1.0)) * softcap * LOG2E
+    return products * scale  # scale is times log2(e)
+
+
+@triton.jit
 def _attend(
-    acc,
-    maximum,
-    total,
-    q,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    first_tile,
-    last_tile,
-    kv_head,
-    position,
-    row_ok,
-    kv_end,
-    qk_scale,
-    softcap,
-    table_width,
-    k_block: tl.int64,
-    k_slot,
-    k_head,
-    v_block: tl.int64,
-    v_slot,
-    v_head,
-    MASKED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    DV: tl.constexpr,
-    DV_PAD: tl.constexpr,
+    state, q, keys, values, table, tiles, kv_head, queries, kv_end, scale, softcap,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
-):
-    """Take the tiles [first_tile, last_tile) into the running softmax."""
+):  # fmt: skip
+    """Take tiles of KV into the running softmax.
+
+    Args:
+        state: (weighted values [BLOCK_M, DV_PAD], maximum [BLOCK_M], sum of weights [BLOCK_M]) so far; returned.
+        q: [BLOCK_M, D_PAD]. keys, values: (cache, strides of block, slot and head). table: (ids, width).
+        tiles: (first, last + 1). queries: (position [BLOCK_M], whether it is one, ALiBi slope).
+    """
+    acc, maximum, total = state
+    position, row_ok, slopes = queries
+    first_tile, last_tile = tiles
     in_tile = tl.arange(0, TILE)
-    d = tl.arange(0, D_PAD)
-    dv = tl.arange(0, DV_PAD)
     # The next tile's block ids are loaded one turn ahead: the loads of K and V then have plain addresses,
     # which Triton's pipeliner keeps more of in flight than loads through a table.
-    if BLOCK_SIZE % TILE == 0:
-        block = tl.load(table_ptr + tl.minimum((first_tile * TILE) // BLOCK_SIZE, table_width - 1)).to(tl.int64)
-    else:
-        ahead = (first_tile * TILE + in_tile) // BLOCK_SIZE
-        block = tl.load(table_ptr + tl.minimum(ahead, table_width - 1)).to(tl.int64)
+    block = _block_ids(table, first_tile * TILE, in_tile, BLOCK_SIZE, TILE)
     for tile in tl.range(first_tile, last_tile):
         start = tile * TILE
         key = start + in_tile
-        if BLOCK_SIZE % TILE == 0:
-            slot = start % BLOCK_SIZE + in_tile
-            following = (start + TILE) // BLOCK_SIZE
-        else:
-            slot = key % BLOCK_SIZE
-            following = (key + TILE) // BLOCK_SIZE
-        k_row = block * k_block + kv_head * k_head + slot * k_slot
-        v_row = block * v_block + kv_head * v_head + slot * v_slot
-        block = tl.load(table_ptr + tl.minimum(following, table_width - 1)).to(tl.int64)
-        if MASKED:
-            known = key < kv_end
-            k = tl.load(k_ptr + k_row[None, :] + d[:, None], mask=known[None, :] & (d < D)[:, None], other=0.0)
-            v = tl.load(v_ptr + v_row[:, None] + dv[None, :], mask=known[:, None] & (dv < DV)[None, :], other=0.0)
-        else:
-            if D == D_PAD:
-                k = tl.load(k_ptr + k_row[None, :] + d[:, None])
-            else:
-                k = tl.load(k_ptr + k_row[None, :] + d[:, None], mask=(d < D)[:, None], other=0.0)
-            if DV == DV_PAD:
-                v = tl.load(v_ptr + v_row[:, None] + dv[None, :])
-            else:
-                v = tl.load(v_ptr + v_row[:, None] + dv[None, :], mask=(dv < DV)[None, :], other=0.0)
-        scores = tl.dot(q, k, input_precision=PRECISION)
-        if SOFTCAP:  # qk_scale is scale / softcap; tanh by exp2, which the GPU has in hardware
-            capped = scores * qk_scale
-            scores = (1.0 - 2.0 / (tl.exp2(capped * (2.0 * LOG2E)) + 1.0)) * softcap * LOG2E
-        else:  # qk_scale is scale · log2(e)
-            scores = scores * qk_scale
+        known = key < kv_end
+        slot = start % BLOCK_SIZE + in_tile if BLOCK_SIZE % TILE == 0 else key % BLOCK_SIZE
+        k_row, v_row = _row(keys, block, slot, kv_head), _row(values, block, slot, kv_head)
+        block = _block_ids(table, start + TILE, in_tile, BLOCK_SIZE, TILE)
+        k = _load(k_row, known, True, MASKED, D, D_PAD).to(q.dtype)
+        v = _load(v_row, known, False, MASKED, DV, DV_PAD).to(q.dtype)
+        scores = _scores(tl.dot(q, k, input_precision=PRECISION), scale, softcap, SOFTCAP)
+        if ALIBI:
+            scores += slopes[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
         if MASKED:
             seen = (key[None, :] <= position[:, None]) & row_ok[:, None] & known[None, :]
             if WINDOW > 0:
@@ -156,7 +149,7 @@ def _attend(
         weights = tl.exp2(scores - safe[:, None])
         shrink = tl.exp2(maximum - safe)
         total = total * shrink + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        acc = tl.dot(weights.to(q.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         maximum = new_maximum
     return acc, maximum, total
 
@@ -175,6 +168,7 @@ def paged_attention_kernel(
     split_start_ptr,
     chunk_ptr,
     sink_ptr,
+    slope_ptr,
     end_ptr,
     num_rows,
     num_tokens,
@@ -203,6 +197,7 @@ def paged_attention_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
+    ALIBI: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Attention of `num_rows` rows; grid (work, KV heads).
@@ -212,7 +207,8 @@ def paged_attention_kernel(
         part_ptr: float32 [work, HEADS, BLOCK_Q, DV_PAD]; part_lse_ptr: float32 [work, HEADS, BLOCK_Q]; SPLIT only.
         table_ptr: int32 [num_rows, table_width]. seq_lens_ptr: int32 [num_rows].
         query_start_ptr: int32 [num_rows + 1], places in q and out. split_start_ptr, chunk_ptr: of `plan_kernel`.
-        sink_ptr: float32 [HEADS]. end_ptr: int32 [1], real tokens. num_tokens: tokens; those behind the end get 0.
+        sink_ptr, slope_ptr: float32 [HEADS], for SINKS and ALIBI.
+        end_ptr: int32 [1], real tokens. num_tokens: tokens; those behind the end get 0.
         WINDOW: tokens that a query sees, itself included; 0: all.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
@@ -282,23 +278,26 @@ def paged_attention_kernel(
         if part == 0:  # a sink is one more position, which gives no value
             maximum = tl.load(sink_ptr + head, mask=m < BLOCK_Q * GROUP, other=0.0) * LOG2E
             total = tl.full([BLOCK_M], 1.0, tl.float32)
-    acc = tl.zeros([BLOCK_M, DV_PAD], tl.float32)
-    table = table_ptr + row.to(tl.int64) * table_row
+    slopes = maximum
+    if ALIBI:
+        slopes = tl.load(slope_ptr + head, mask=m < BLOCK_Q * GROUP, other=0.0) * LOG2E
+    state = tl.zeros([BLOCK_M, DV_PAD], tl.float32), maximum, total
+    keys = k_ptr, k_block, k_slot, k_head
+    values = v_ptr, v_block, v_slot, v_head
+    table = table_ptr + row.to(tl.int64) * table_row, table_width
+    queries = position, row_ok, slopes
     if WINDOW > 0:
-        acc, maximum, total = _attend(
-            acc, maximum, total, q, k_ptr, v_ptr, table, low, clear_low, kv_head, position, row_ok, kv_end,
-            qk_scale, softcap, table_width, k_block, k_slot, k_head, v_block, v_slot, v_head,
-            True, WINDOW, SOFTCAP, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, PRECISION,
+        state = _attend(
+            state, q, keys, values, table, (low, clear_low), kv_head, queries, kv_end, qk_scale, softcap,
+            True, WINDOW, SOFTCAP, ALIBI, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, PRECISION,
         )  # fmt: skip
-    acc, maximum, total = _attend(
-        acc, maximum, total, q, k_ptr, v_ptr, table, clear_low, clear_high, kv_head, position, row_ok, kv_end,
-        qk_scale, softcap, table_width, k_block, k_slot, k_head, v_block, v_slot, v_head,
-        False, WINDOW, SOFTCAP, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, PRECISION,
+    state = _attend(
+        state, q, keys, values, table, (clear_low, clear_high), kv_head, queries, kv_end, qk_scale, softcap,
+        False, WINDOW, SOFTCAP, ALIBI, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, PRECISION,
     )  # fmt: skip
     acc, maximum, total = _attend(
-        acc, maximum, total, q, k_ptr, v_ptr, table, clear_high, high, kv_head, position, row_ok, kv_end,
-        qk_scale, softcap, table_width, k_block, k_slot, k_head, v_block, v_slot, v_head,
-        True, WINDOW, SOFTCAP, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, PRECISION,
+        state, q, keys, values, table, (clear_high, high), kv_head, queries, kv_end, qk_scale, softcap,
+        True, WINDOW, SOFTCAP, ALIBI, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, PRECISION,
     )  # fmt: skip
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     alone = True

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import triton
-from quire.plugin import GatedActSpec, OpSet, OpSpec, RMSNormSpec, UnsupportedModel
+from quire.plugin import GatedActSpec, GraphSupport, OpSet, OpSpec, RMSNormSpec, UnsupportedModel
 from torch import Tensor
 
 from quire_cuda_paged.row_kernels import gated_act_kernel, rms_norm_kernel
@@ -21,6 +21,9 @@ class CudaOps(OpSet):
     """Every row is computed by itself, so all forms are deterministic."""
 
     kinds = frozenset({"rms_norm", "gated_act"})
+
+    def graph_support(self, spec: OpSpec) -> GraphSupport:
+        return GraphSupport.ANY
 
     def why_not(self, spec: OpSpec) -> list[str]:
         reasons = super().why_not(spec)

@@ -37,6 +37,7 @@ def fused_prepare_qkv(step: QKVStep) -> tuple[Tensor, Tensor, Tensor]:
         step.batch.slot_mapping,
         qkv.stride(0),
         step.cos.stride(0),
+        step.sin.stride(0),
         keys.stride(1),
         values.stride(1),
         *(norm.eps if norm is not None else 0.0 for norm in (step.q_norm, step.k_norm)),
@@ -52,6 +53,7 @@ def fused_prepare_qkv(step: QKVStep) -> tuple[Tensor, Tensor, Tensor]:
         Q_NORM=_norm_kind(step.q_norm),
         K_NORM=_norm_kind(step.k_norm),
         TILE=TILE,
+        LARGEST=torch.finfo(keys.dtype).max if keys.dtype.itemsize == 1 else 0.0,
         num_warps=4,
     )
     return turned[:, :num_heads], turned[:, num_heads:], split_qkv(step)[2]

@@ -90,6 +90,15 @@ def _normed(x, scale, weight, offset, like_ptr, NORM: tl.constexpr):
 
 
 @triton.jit
+def _within(x, LARGEST: tl.constexpr):
+    """x, in float32 if it is limited to [-LARGEST, LARGEST]; NaN stays."""
+    if LARGEST > 0:
+        x = x.to(tl.float32)
+        x = tl.where(x > LARGEST, LARGEST, tl.where(x < -LARGEST, -LARGEST, x))
+    return x
+
+
+@triton.jit
 def _normed_and_turned(
     x_ptr,
     weight_ptr,
@@ -151,6 +160,7 @@ def prepare_qkv_kernel(
     slots_ptr,
     qkv_row,
     cos_row,
+    sin_row,
     k_slot: tl.int64,
     v_slot: tl.int64,
     q_eps,
@@ -168,23 +178,24 @@ def prepare_qkv_kernel(
     Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr,
     TILE: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
     """Norm, rotate and cache one token's heads, TILE of them; grid (T, query tiles + 2 · KV tiles).
 
     Args:
         turned_ptr: [T, HEADS + KV_HEADS, D], out: queries, then keys.
         qkv_ptr: [T, HEADS · D + KV_HEADS · (D + DV)], `qkv_row` elements from row to row.
-        cos_ptr, sin_ptr: float32 [T, HALF], `cos_row` elements from row to row.
+        cos_ptr, sin_ptr: float32 [T, HALF], `cos_row` and `sin_row` elements from row to row.
         k_cache_ptr, v_cache_ptr: a slot's heads together, `k_slot` and `v_slot` elements from slot to slot.
         slots_ptr: int64 [T].
-        Q_NORM, K_NORM: see `_normed`.
+        Q_NORM, K_NORM: see `_normed`. LARGEST: number that an 8-bit cache holds; 0: the cache has no such limit.
     """
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     Q_TILES: tl.constexpr = (HEADS + TILE - 1) // TILE
     KV_TILES: tl.constexpr = (KV_HEADS + TILE - 1) // TILE
     qkv = qkv_ptr + token * qkv_row
-    cos, sin = cos_ptr + token * cos_row, sin_ptr + token * cos_row
+    cos, sin = cos_ptr + token * cos_row, sin_ptr + token * sin_row
     turned = turned_ptr + token * ((HEADS + KV_HEADS) * D)
     slot = tl.load(slots_ptr + token)
     d = tl.arange(0, D_PAD)
@@ -205,11 +216,11 @@ def prepare_qkv_kernel(
         at = (head * D)[:, None] + d[None, :]
         inside = ok[:, None] & (d < D)[None, :]
         tl.store(turned + HEADS * D + at, k, mask=inside)
-        tl.store(k_cache_ptr + slot * k_slot + at, k.to(k_cache_ptr.dtype.element_ty), mask=inside)
+        tl.store(k_cache_ptr + slot * k_slot + at, _within(k, LARGEST).to(k_cache_ptr.dtype.element_ty), mask=inside)
     else:
         head = (tile - Q_TILES - KV_TILES) * TILE + tl.arange(0, TILE)
         dv = tl.arange(0, DV_PAD)
         at = (head * DV)[:, None] + dv[None, :]
         inside = (head < KV_HEADS)[:, None] & (dv < DV)[None, :]
         v = tl.load(qkv + (HEADS + KV_HEADS) * D + at, mask=inside, other=0.0)
-        tl.store(v_cache_ptr + slot * v_slot + at, v.to(v_cache_ptr.dtype.element_ty), mask=inside)
+        tl.store(v_cache_ptr + slot * v_slot + at, _within(v, LARGEST).to(v_cache_ptr.dtype.element_ty), mask=inside)

@@ -21,7 +21,11 @@ def quire_providers() -> Iterable[Provider]:
         _reader("awq", "AWQMethod", "AWQ checkpoints, gemm and gemv"),
         _reader("compressed-tensors", "CompressedTensorsMethod", "weights in 1 to 8 bits, or in float8", "compressed"),
         Provider(
-            "quantization", "fp8", "quire_quant.fp8:FP8Method", api=1, summary="FP8 checkpoints, dequantized at load"
+            "quantization",
+            "fp8",
+            "quire_quant.fp8:FP8Method",
+            api=1,
+            summary="FP8 checkpoints, multiplied as they are or dequantized at load",
         ),
         Provider(
             "op",
@@ -30,6 +34,16 @@ def quire_providers() -> Iterable[Provider]:
             api=1,
             devices=frozenset({"cpu"}),
             summary="codes of up to 4 bits by torch's int4 operation",
+        ),
+        Provider(
+            "op",
+            "triton_quant",
+            "quire_quant.cuda_linear:CudaQuantOps",
+            api=1,
+            priority=50,
+            devices=frozenset({"cuda"}),
+            probe="quire_quant.cuda_probe:missing",
+            summary="codes of up to 8 bits by Triton kernels for NVIDIA GPUs",
         ),
         Provider(
             "op",

@@ -58,10 +58,6 @@ class AWQMethod(CheckpointMethod):
         self.group_size = _group_size(config)
         self.has_zeros = bool(config.get("zero_point", True))
 
-    def may_fuse(self, sources: tuple[LinearSpec, ...]) -> bool:
-        """Quantized layers, or unquantized ones."""
-        return len({self.is_quantized(source) for source in sources}) == 1
-
     def linear(self, spec: LinearSpec, sources: tuple[LinearSpec, ...]) -> QuantLinear | None:
         if not self.is_quantized(sources[0]):
             return None
@@ -80,7 +76,7 @@ class GemmLinear(CodesLinear):
                     f"outputs do not fill whole groups and words of {PER_WORD}",
                     remedy="group_size in quantization_config is not the one it was made with",
                 )
-        self._has_zeros = method.has_zeros
+        self._has_zeros = method.has_zeros or f"{sources[0].name}.qzeros" in method.init.stored
         super().__init__(spec, sources, Form(BITS, size), method)
 
     def stored_tensors(self, out_features: int) -> tuple[QuantTensor, ...]:
@@ -91,6 +87,9 @@ class GemmLinear(CodesLinear):
             QuantTensor("qzeros", (groups, words), torch.int32, 1, required=self._has_zeros),
             QuantTensor("scales", (groups, out_features), torch.float16, 1),
         )
+
+    def has_zeros(self) -> bool:
+        return self._has_zeros
 
     def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Codes, ...]:
         zeros = columns(tensors["qzeros"]).t().contiguous() if self._has_zeros else None

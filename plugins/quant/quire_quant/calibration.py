@@ -19,7 +19,8 @@ def read_rows(path: Path, tokenizer: Any, length: int, count: int) -> Tensor:
     """Token ids int64 [rows, length], at most `count` rows of the file's text, cut one behind the other.
 
     Args:
-        path: plain text, or JSON lines with `text` or `messages` (a chat, to which the chat template is applied).
+        path: plain text, or JSON lines with `text`, or with `messages` and maybe `tools` (a chat, to which the chat
+            template is applied).
 
     Raises:
         ConfigError: the file cannot be read, or holds less than two rows.
@@ -60,7 +61,7 @@ def _text_of(line: str, where: str, tokenizer: Any) -> str:
         entry = json.loads(line)
         if isinstance(entry.get("text"), str):
             return str(entry["text"])
-        return str(tokenizer.apply_chat_template(entry["messages"], tokenize=False))
+        return str(tokenizer.apply_chat_template(entry["messages"], tools=entry.get("tools"), tokenize=False))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"{where} is neither a text nor a chat: {error}", remedy='write {"text": ...} or {"messages": [...]}'

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from quire.plugin import LinearSpec, QuantLinearSpec
@@ -19,6 +19,19 @@ class Form:
 
     bits: int
     group_size: int
+
+    def spec(self, layer: LinearSpec, *, has_zeros: bool) -> QuantLinearSpec:
+        """The operation that multiplies by such codes of a layer."""
+        return QuantLinearSpec(
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+            bits=self.bits,
+            group_size=self.group_size,
+            zeros="integer" if has_zeros else "middle",
+            dtype=layer.dtype,
+            deterministic=layer.deterministic,
+            name=layer.name,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +58,7 @@ class Codes:
 
     def spec(self, layer: LinearSpec) -> QuantLinearSpec:
         """The operation that multiplies by them, in a layer that has these outputs among others."""
-        return QuantLinearSpec(
-            in_features=layer.in_features,
-            out_features=len(self.codes),
-            bits=self.form.bits,
-            group_size=self.form.group_size,
-            zeros="middle" if self.zeros is None else "integer",
-            dtype=layer.dtype,
-            deterministic=layer.deterministic,
-            name=layer.name,
-        )
+        return self.form.spec(replace(layer, out_features=len(self.codes)), has_zeros=self.zeros is not None)
 
     def to(self, device: torch.device) -> Codes:
         """The same on a device."""

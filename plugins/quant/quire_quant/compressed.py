@@ -98,12 +98,16 @@ class CompressedTensorsMethod(CheckpointMethod):
         """Layers of the same form, whose packed zero points end with whole words."""
         if not any(self.is_quantized(source) for source in sources):
             return may_fuse_fp8(self.init, sources, self._block(sources[0]))
-        if not all(self.is_quantized(source) for source in sources):
-            return False
-        each = [self.weights_of(source.name) for source in sources]
-        has_zeros = any(f"{source.name}.weight_zero_point" in self.init.stored for source in sources)
-        whole = all(source.out_features * each[0].num_bits % WORD == 0 for source in sources)
-        return len(set(each)) == 1 and (whole or not has_zeros)
+        return super().may_fuse(sources)
+
+    def form_of(self, source: LinearSpec) -> str:
+        """Bits and group, and what is stored beside the codes; packed zero points have to end with a whole word."""
+        weights = self.weights_of(source.name)
+        beside = [suffix for suffix in OPTIONAL if f"{source.name}.{suffix}" in self.init.stored]
+        part = source.out_features * weights.num_bits % WORD and "weight_zero_point" in beside
+        return f"{weights} with {', '.join(beside) or 'codes and scales alone'}" + f", part of {source.name}" * bool(
+            part
+        )
 
     def linear(self, spec: LinearSpec, sources: tuple[LinearSpec, ...]) -> QuantLinear | None:
         if is_fp8(self.init, sources[0]):
@@ -143,6 +147,9 @@ class PackedLinear(CodesLinear):
         }
         wanted += [QuantTensor(name, *what, 0) for name, what in optional.items() if self._stored[name] is not None]
         return tuple(wanted)
+
+    def has_zeros(self) -> bool:
+        return self._stored["weight_zero_point"] is not None
 
     def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Codes, ...]:
         bits = self.form.bits

@@ -1,27 +1,34 @@
-"""Weights in float8 (e4m3) with a scale per tensor, per output or per block, dequantized when they are loaded.
+"""Weights in float8 (e4m3) with a scale per tensor, per output or per block.
 
-Hugging Face's form calls the block scales `weight_scale_inv`; they are multiplied by all the same. Activations
-stay in the compute dtype, which is more exact than the eight bits that such checkpoints are meant to give them.
+Hugging Face's form calls the block scales `weight_scale_inv`; they are multiplied by all the same. On a GPU that
+multiplies in FP8 they are kept as they are, and activations are rounded to FP8 with scales of their own. Elsewhere
+they are dequantized when they are loaded, and activations stay in the compute dtype, which is more exact.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from quire.plugin import LinearSpec, QuantInit, QuantLinear, QuantMethod, QuantTensor, UnsupportedModel
+from quire.plugin import GraphSupport, LinearSpec, QuantInit, QuantLinear, QuantMethod, QuantTensor, UnsupportedModel
 from torch import Tensor
 
 from quire_quant.codes import per_column
 from quire_quant.linear import SHAPES, refuse_experts
 from quire_quant.rows import multiply
+from quire_quant.scaled_mm import facts_of, why_not
+
+logger = logging.getLogger(__name__)
 
 SCALES = ("weight_scale", "weight_scale_inv")
 IGNORED = ("input_scale", "activation_scale")
-"""Scales for activations in eight bits, which are not used."""
+"""Scales for activations that were measured beforehand; those of the activations themselves are used instead."""
 BLOCK = (128, 128)
+SCALAR = ((), (1,), (1, 1))
+"""Shapes of one scale for the whole tensor."""
 
 
 def _sample(inputs: int, outputs: int, seed: int) -> tuple[Mapping[str, Tensor], Tensor]:
@@ -56,65 +63,89 @@ def is_fp8(init: QuantInit, source: LinearSpec) -> bool:
 
 
 def may_fuse_fp8(init: QuantInit, sources: tuple[LinearSpec, ...], block: tuple[int, int]) -> bool:
-    """Whether the scales may stand one below the other: one for each output, or whole blocks of them."""
+    """Whether the scales may stand one below the other: for each tensor, each output, or whole blocks of outputs."""
     if not all(is_fp8(init, source) for source in sources):
         return not any(is_fp8(init, source) for source in sources)
+    kinds = set()
     for source in sources:
-        _, shape = _scale_of(init, source)
-        per_output = shape in _per_output(source)
-        if any(f"{source.name}.{name}" in init.stored for name in IGNORED):
+        name, shape = _scale_of(init, source)
+        ignored = tuple(other for other in IGNORED if f"{source.name}.{other}" in init.stored)
+        if shape in SCALAR or shape in _per_output(source):
+            kinds.add((name, ignored, shape if shape in SCALAR else len(shape)))
+        elif source.out_features % block[0]:
             return False
-        if not per_output and (len(shape) < 2 or source.out_features % block[0]):
-            return False
-    return True
+        else:
+            kinds.add((name, ignored, block))
+    return len(kinds) == 1
 
 
 class FP8Linear(QuantLinear):
-    """weight float8 [N, K]; its scale [], [1], [N], [N, 1] or [ceil(N / block), ceil(K / block)]."""
+    """weight float8 [N, K]; its scale [], [1], [N], [N, 1] or [ceil(N / block), ceil(K / block)].
+
+    Attributes:
+        why_dequantized: why the weight is not multiplied as it is; empty: it is.
+    """
+
+    graph = GraphSupport.ANY
 
     def __init__(
         self, spec: LinearSpec, sources: tuple[LinearSpec, ...], init: QuantInit, block: tuple[int, int]
     ) -> None:
         super().__init__(spec)
-        self._block = block
+        self._block, self._sizes = block, [source.out_features for source in sources]
         self._scale, shape = _scale_of(init, sources[0])
         self._scale_shape = _fused_shape(spec, sources[0], shape, block)
         self._ignored = tuple(
-            QuantTensor(name, tuple(init.stored[f"{sources[0].name}.{name}"][0]), torch.float32, None)
+            QuantTensor(name, tuple(init.stored[f"{sources[0].name}.{name}"][0]), torch.float32, 0)
             for name in IGNORED
             if f"{sources[0].name}.{name}" in init.stored
         )
+        one_each = self._scale_shape in (*SCALAR, *_per_output(spec))
+        self.why_dequantized = why_not(spec, None if one_each else block, facts_of(init.device))
+        if self.why_dequantized:
+            logger.debug("%s is dequantized: %s", spec.name, "; ".join(self.why_dequantized))
 
     def tensors(self) -> tuple[QuantTensor, ...]:
         size = (self.spec.out_features, self.spec.in_features)
-        dim = 0 if self._scale_shape else None
-        scale = QuantTensor(self._scale, self._scale_shape, torch.float32, dim)
+        scale = QuantTensor(self._scale, self._scale_shape, torch.float32, 0)
         return (QuantTensor("weight", size, torch.float8_e4m3fn, 0), scale, *self._ignored)
 
-    def finalize(self, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    def finalize(self, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
         weight, scale = tensors["weight"].to(device), tensors[self._scale].to(device, torch.float32)
-        if scale.numel() == 1:
-            scale = scale.view(1, 1)
-        elif scale.ndim == 1:
+        if scale.numel() == len(self._sizes) and self._scale_shape in SCALAR:
+            # One for each source: each of its rows takes it, so that nothing is rounded anew.
+            scale = scale.flatten().repeat_interleave(torch.tensor(self._sizes, device=device))
+        if scale.ndim == 1:
             scale = scale[:, None]
-        dense = torch.empty(weight.shape, dtype=self.spec.dtype, device=device)
-        step, rows_per_scale = self._block[0], -(-len(weight) // len(scale)) if len(scale) in (1, len(weight)) else 0
+        if self.why_dequantized:
+            return self._dense(weight, scale)
+        from quire_quant.float8_linear import Float8Weight
+
+        return Float8Weight(weight.contiguous(), scale.contiguous())
+
+    def _dense(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """The weight that float8 [N, K] means with scales [N, 1], or by block, in the compute dtype."""
+        dense = torch.empty(weight.shape, dtype=self.spec.dtype, device=weight.device)
+        step = self._block[0]
+        rows_per_scale = 1 if len(scale) == len(weight) else step
         for start in range(0, len(weight), step):
-            rows = torch.arange(start, min(start + step, len(weight)), device=device)
-            factor = scale[rows // (rows_per_scale or step)]
+            rows = torch.arange(start, min(start + step, len(weight)), device=weight.device)
+            factor = scale[rows // rows_per_scale]
             if factor.shape[1] > 1:
                 factor = per_column(factor, self._block[1], weight.shape[1])
             dense[start : start + step] = weight[start : start + step].float() * factor
         return dense
 
     def forward(self, x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
+        if not isinstance(state, Tensor):
+            product: Tensor = state(x, bias)
+            return product
         if not self.spec.deterministic:
             return torch.nn.functional.linear(x, state, bias)
         return multiply(x, self.spec.out_features, lambda a, b: state[a:b], bias, deterministic=True)
 
     def dequantize(self, state: Any) -> Tensor:
-        weight: Tensor = state
-        return weight
+        return state if isinstance(state, Tensor) else self._dense(state.weight, state.scale)
 
 
 def _scale_of(init: QuantInit, source: LinearSpec) -> tuple[str, tuple[int, ...]]:
@@ -136,7 +167,7 @@ def _fused_shape(
     spec: LinearSpec, source: LinearSpec, shape: tuple[int, ...], block: tuple[int, int]
 ) -> tuple[int, ...]:
     """The scale's shape for the whole layer, from that of one source. Raises UnsupportedModel."""
-    if shape in ((), (1,), (1, 1)):
+    if shape in SCALAR:
         return shape
     if shape in _per_output(source):
         return (spec.out_features, *shape[1:])

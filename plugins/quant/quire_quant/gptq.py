@@ -24,7 +24,15 @@ from quire_quant.linear import SHAPES, CheckpointMethod, CodesLinear, by_group
 logger = logging.getLogger(__name__)
 
 V1, V2 = "gptq", "gptq_v2"
-KERNEL_LAYOUTS = ("marlin", "bitblas", "qqq", "exl3", "gptq_p")
+AUTO_ROUND = "auto-round"
+OTHER_FORMATS = {
+    "marlin": "is a kernel's layout, not a portable format",
+    "bitblas": "is a kernel's layout, not a portable format",
+    "gptq_p": "stores the bits of its codes in planes",
+    "qqq": "is made for activations of 8 bits",
+    "exl3": "codes weights by a trellis",
+}
+"""What tools of this family also write, and why it is not read."""
 
 
 class LayerSettings(BaseModel):
@@ -45,9 +53,9 @@ def _sample(inputs: int, outputs: int, seed: int) -> tuple[Mapping[str, Tensor],
 
 
 class GPTQMethod(CheckpointMethod):
-    """Reads checkpoints whose `quant_method` is gptq."""
+    """Reads checkpoints whose `quant_method` is gptq, and AutoRound's in that format."""
 
-    checkpoint_names = frozenset({"gptq"})
+    checkpoint_names = frozenset({"gptq", AUTO_ROUND})
     marker = "qweight"
     conformance = MappingProxyType(
         {"config": {"bits": 4, "group_size": 128, "sym": False}, "shapes": SHAPES, "sample": _sample}
@@ -56,11 +64,10 @@ class GPTQMethod(CheckpointMethod):
     def __init__(self, init: QuantInit) -> None:
         super().__init__(init)
         config = init.config
-        form = str(config.get("format") or config.get("checkpoint_format") or V1)
+        form = _format(config)
         if form not in (V1, V2):
-            kind = "is a kernel's layout, not a portable format" if form in KERNEL_LAYOUTS else "is not known"
             raise UnsupportedModel(
-                f"GPTQ format {form!r} {kind}; read are {V1} and {V2}",
+                f"GPTQ format {form!r} {OTHER_FORMATS.get(form, 'is not known')}; read are {V1} and {V2}",
                 remedy="export the model as gptq or compressed-tensors",
             )
         if config.get("pack_dtype", "int32") != "int32":
@@ -69,7 +76,8 @@ class GPTQMethod(CheckpointMethod):
             )
         self.is_v1 = form == V1
         self._base = _settings(config)
-        self._rules: Mapping[str, Mapping[str, Any]] = config.get("dynamic") or {}
+        # AutoRound's rules are names or regular expressions too.
+        self._rules: Mapping[str, Mapping[str, Any]] = config.get("dynamic") or config.get("extra_config") or {}
         if not self._base.sym and self.is_v1 and "gptqmodel" not in str(config.get("meta")):
             logger.warning(
                 "asymmetric GPTQ in its first form: where a zero point is 0, old tools spoiled the fields beside it"
@@ -82,9 +90,9 @@ class GPTQMethod(CheckpointMethod):
                 return _settings({**self._base.model_dump(), **changes})
         return self._base
 
-    def may_fuse(self, sources: tuple[LinearSpec, ...]) -> bool:
-        """Only layers of the same bits, groups and symmetry, or unquantized ones."""
-        return len({self.settings(s.name) if self.is_quantized(s) else None for s in sources}) == 1
+    def form_of(self, source: LinearSpec) -> str:
+        """Bits, group and symmetry."""
+        return str(self.settings(source.name))
 
     def linear(self, spec: LinearSpec, sources: tuple[LinearSpec, ...]) -> QuantLinear | None:
         if not self.is_quantized(sources[0]):
@@ -120,6 +128,9 @@ class GPTQLinear(CodesLinear):
             QuantTensor("g_idx", (inputs,), torch.int32, 0, required=False),
         )
 
+    def has_zeros(self) -> bool:
+        return not self._settings.sym
+
     def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Codes, ...]:
         codes = unpack(tensors["qweight"], self.form.bits, self.spec.in_features).t().contiguous()
         whole = Codes(self.form, codes, tensors["scales"].t().contiguous(), self._zeros(tensors["qzeros"]))
@@ -136,6 +147,15 @@ class GPTQLinear(CodesLinear):
             logger.warning("%s: zero points are not all equal although sym is true; they are used", self.spec.name)
         mask = (1 << bits) - 1
         return (stored.int() + int(self._is_v1)).bitwise_and(mask).to(torch.uint8)
+
+
+def _format(config: Mapping[str, Any]) -> str:
+    if config.get("quant_method") == AUTO_ROUND:
+        packing = str(config.get("packing_format"))
+        return V1 if packing.removeprefix("auto_round:") == "auto_gptq" else packing
+    if config.get("is_marlin_format"):  # as tools wrote it before there was a name for it
+        return "marlin"
+    return str(config.get("format") or config.get("checkpoint_format") or V1)
 
 
 def _settings(config: Mapping[str, Any]) -> LayerSettings:

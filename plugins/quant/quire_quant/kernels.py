@@ -121,7 +121,7 @@ class Int4Pack:
         moved = _zeros(spec, scales, zeros) + shift
         both = torch.stack([scales, (8.0 - moved) * scales], -1).to(spec.dtype)  # [N, G, 2]
         both = both.repeat_interleave(spec.group_size // size, 1).transpose(0, 1).contiguous()
-        data = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32) + shift, 1)
+        data = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32).add_(shift), 1)
         return data, both, size
 
     def __call__(self, x: Tensor, state: tuple[Tensor, Tensor, int], bias: Tensor | None = None) -> Tensor:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from quire.plugin import LinearSpec, QuantInit, QuantLinear, QuantLinearOp, QuantMethod, QuantTensor, UnsupportedModel
+from quire.plugin import (
+    GraphSupport,
+    LinearSpec,
+    QuantInit,
+    QuantLinear,
+    QuantLinearOp,
+    QuantLinearSpec,
+    QuantMethod,
+    QuantTensor,
+    UnsupportedModel,
+)
 from torch import Tensor
 
 from quire_quant.codes import Codes, Form
+
+logger = logging.getLogger(__name__)
 
 SHAPES = ((256, 96), (384, 32), (128, 1504))
 """(inputs, outputs) of the conformance kit's layers: whole words and groups of 128."""
@@ -35,6 +48,8 @@ class CodesLinear(QuantLinear):
         form: bits and group of its codes. method: what it belongs to.
     """
 
+    graph = GraphSupport.ANY
+
     def __init__(self, spec: LinearSpec, sources: tuple[LinearSpec, ...], form: Form, method: CheckpointMethod) -> None:
         super().__init__(spec)
         self.sources, self.form = sources, form
@@ -49,6 +64,13 @@ class CodesLinear(QuantLinear):
     @abstractmethod
     def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Codes, ...]:
         """The canonical form: of the whole, or of each source if their inputs are ordered differently."""
+
+    def has_zeros(self) -> bool:
+        """Whether zero points are anything but the middle, as far as settings and headers tell."""
+        return True
+
+    def operation(self) -> QuantLinearSpec:
+        return self.form.spec(self.spec, has_zeros=self.has_zeros())
 
     def tensors(self) -> tuple[QuantTensor, ...]:
         wanted = self.stored_tensors(self.spec.out_features)
@@ -97,11 +119,27 @@ class CheckpointMethod(QuantMethod):
 
     def __init__(self, init: QuantInit) -> None:
         super().__init__(init)
+        self._told: set[str] = set()
         refuse_experts(name for name in init.stored if name.endswith(f".{self.marker}"))
 
     def is_quantized(self, source: LinearSpec) -> bool:
         """Whether the checkpoint stores the layer in quantized form."""
         return f"{source.name}.{self.marker}" in self.init.stored
+
+    def form_of(self, source: LinearSpec) -> str:
+        """What has to be alike in quantized layers for them to be fused."""
+        return "quantized"
+
+    def may_fuse(self, sources: tuple[LinearSpec, ...]) -> bool:
+        """Only layers of one form; says which are not."""
+        forms = {s.name: self.form_of(s) if self.is_quantized(s) else "unquantized" for s in sources}
+        if len(set(forms.values())) == 1:
+            return True
+        each = "; ".join(f"{name.rpartition('.')[2]}: {form}" for name, form in forms.items())
+        if each not in self._told:
+            self._told.add(each)
+            logger.warning("%s and where else it is so: not fused, as forms differ: %s", sources[0].name, each)
+        return False
 
     def check_shapes(self, sources: tuple[LinearSpec, ...], stored_tensors: Any) -> None:
         """Compare what the configuration makes of each tensor with what the file says. Raises UnsupportedModel."""

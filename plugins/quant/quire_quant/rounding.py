@@ -12,7 +12,16 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from quire.plugin import LinearSpec, QuantInit, QuantLinear, QuantLinearOp, QuantMethod, QuantTensor
+from quire.plugin import (
+    GraphSupport,
+    LinearSpec,
+    QuantInit,
+    QuantLinear,
+    QuantLinearOp,
+    QuantLinearSpec,
+    QuantMethod,
+    QuantTensor,
+)
 from torch import Tensor
 
 from quire_quant.codes import Codes, Form
@@ -78,9 +87,14 @@ class RoundedState:
 class RoundedLinear(QuantLinear):
     """One linear layer, rounded."""
 
+    graph = GraphSupport.ANY
+
     def __init__(self, spec: LinearSpec, form: Form, init: QuantInit) -> None:
         super().__init__(spec)
         self._form, self._op = form, init.op
+
+    def operation(self) -> QuantLinearSpec:
+        return self._form.spec(self.spec, has_zeros=False)
 
     def tensors(self) -> tuple[QuantTensor, ...]:
         return (QuantTensor("weight", (self.spec.out_features, self.spec.in_features), self.spec.dtype, out_dim=0),)

@@ -40,6 +40,12 @@ class Walk:
             self.model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         self.model.eval().requires_grad_(False)
         self.num_layers = int(config.num_hidden_layers)
+        experts = [name for name in self.model.state_dict() if ".experts." in name]
+        if experts:
+            raise UnsupportedModel(
+                f"{checkpoint.name} has experts ({experts[0]}); those are not quantized here",
+                remedy="run it with `--quantization int8`, or quantize a dense model",
+            )
         odd = [name for name in self.model.state_dict() if name not in checkpoint.tensors and name != "lm_head.weight"]
         if odd or not hasattr(getattr(self.model, "model", None), "layers"):
             raise UnsupportedModel(

@@ -22,7 +22,7 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
     state: ServerState = request.app.state.server
     call = Call(state, request, "msg_", body.model, _ignored(body))
     chat = body.as_chat()
-    job = await call.prepare(lambda: chat_job(state.llm, state.settings, chat, call.request_id), "messages")
+    job = await call.prepare(lambda: chat_job(state.llm, state.settings, chat, call.sender), "messages")
     encoder = MessageEvents(call.meta, job.num_prompt_tokens)
     if body.stream:
         return call.stream(job, sse.Encoder(encoder.begin, encoder.feed, name=lambda chunk: chunk["type"]))

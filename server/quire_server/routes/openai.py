@@ -55,11 +55,11 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation."""
     state: ServerState = request.app.state.server
     call = _call(state, request, body, "chatcmpl-")
-    job = await call.prepare(lambda: chat_job(state.llm, state.settings, body, call.request_id), "messages")
+    job = await call.prepare(lambda: chat_job(state.llm, state.settings, body, call.sender), "messages")
     wants = _wants(body, body.top_logprobs or 0 if body.logprobs else None)
     if body.stream:
         chunks = ChatChunks(call.meta, wants, job.num_choices, job.num_prompt_tokens)
-        return call.stream(job, sse.Encoder(chunks.begin, chunks.feed, end=sse.DONE))
+        return call.stream(job, sse.Encoder(chunks.begin, chunks.feed, end=sse.DONE, quick=chunks.quick))
     return call.answer(whole_chat(call.meta, wants, whole(job, await call.events(job))))
 
 
@@ -68,7 +68,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continue one prompt or several."""
     state: ServerState = request.app.state.server
     call = _call(state, request, body, "cmpl-")
-    job = await call.prepare(lambda: completion_job(state.llm, state.settings, body, call.request_id), "prompt")
+    job = await call.prepare(lambda: completion_job(state.llm, state.settings, body, call.sender), "prompt")
     tokenizer, submissions = state.llm.tokenizer, job.submissions
     wants = _wants(body, body.logprobs)
     chunks = CompletionChunks(
@@ -82,7 +82,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         token_text=tokenizer.token_text,
     )
     if body.stream:
-        return call.stream(job, sse.Encoder(list, chunks.feed, end=sse.DONE))
+        return call.stream(job, sse.Encoder(list, chunks.feed, end=sse.DONE, quick=chunks.quick))
     collected: list[dict[str, Any]] = []
     usage = Usage()
     for event in await call.events(job):

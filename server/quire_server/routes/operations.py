@@ -9,10 +9,11 @@ from fastapi.concurrency import run_in_threadpool
 from quire import EngineDead, RequestError, __version__
 from starlette.responses import PlainTextResponse, Response
 
+from quire_server.call import ignored_header
 from quire_server.errors import ApiError, as_api_error, overloaded
-from quire_server.jobs import as_template_message, template_tools
+from quire_server.jobs import chat_prompt
 from quire_server.json_response import JsonResponse
-from quire_server.protocol import DetokenizeRequest, TokenizeRequest
+from quire_server.protocol import ChatRequest, DetokenizeRequest, TokenizeRequest
 from quire_server.state import ServerState
 
 router = APIRouter()
@@ -37,6 +38,8 @@ async def ready(request: Request) -> Response:
     state: ServerState = request.app.state.server
     if state.is_leaving:
         raise overloaded("the server is shutting down", seconds=5)
+    if state.admission.is_full:
+        raise overloaded("the queue is full")
     await health(request)
     return JsonResponse({"status": "ready"})
 
@@ -80,6 +83,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """Token ids of a text, or of a conversation as the model sees it."""
     state: ServerState = request.app.state.server
     state.check_model(body.model)
+    headers = ignored_header(body.check_extra())
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either prompt or messages", param="prompt", code="invalid_value")
     try:
@@ -89,16 +93,15 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": state.llm.info.max_model_len}
     if body.return_token_strs:
         answer["token_strs"] = [state.llm.tokenizer.token_text(token) for token in ids]
-    return JsonResponse(answer)
+    return JsonResponse(answer, headers=headers)
 
 
 def _token_ids(state: ServerState, body: TokenizeRequest) -> list[int]:
     if body.prompt is not None:
         return state.llm.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
-    messages = [as_template_message(index, message) for index, message in enumerate(body.messages or ())]
-    tools = template_tools(body.tools)
-    prompt = state.llm.chat.prompt(messages, tools=tools, add_generation_prompt=body.add_generation_prompt)
-    return list(prompt.token_ids)
+    shared = ("messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+    chat = ChatRequest.of({name: getattr(body, name) for name in shared})
+    return list(chat_prompt(state.llm, chat).token_ids)
 
 
 @router.post("/detokenize")
@@ -109,7 +112,8 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     bad = next((token for token in body.tokens if not 0 <= token < 1 << 31), None)
     if bad is not None:
         raise ApiError(400, f"tokens has {bad}; ids are not negative and below 2^31", param="tokens")
-    return JsonResponse({"prompt": state.llm.tokenizer.decode(body.tokens)})
+    text = state.llm.tokenizer.decode(body.tokens)
+    return JsonResponse({"prompt": text}, headers=ignored_header(body.check_extra()))
 
 
 @router.get("/tokenizer_info")

@@ -21,7 +21,7 @@ async def responses(request: Request, body: ResponsesRequest) -> Response:
     state: ServerState = request.app.state.server
     call = Call(state, request, "resp_", body.model, body.check_extra())
     chat = body.as_chat()
-    job = await call.prepare(lambda: chat_job(state.llm, state.settings, chat, call.request_id, "input"), "input")
+    job = await call.prepare(lambda: chat_job(state.llm, state.settings, chat, call.sender, "input"), "input")
     encoder = ResponseEvents(call.meta, body.shown())
     if body.stream:
         return call.stream(job, sse.Encoder(encoder.begin, encoder.feed, name=lambda chunk: chunk["type"]))
