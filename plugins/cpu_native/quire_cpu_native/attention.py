@@ -100,7 +100,7 @@ class NativeAttention(AttentionBackend):
             step.kv[1].data_ptr(),
             tokens,
         )
-        values = qkv[:, heads * layer.head_dim :].unflatten(1, (layer.num_kv_heads, layer.v_head_dim))
+        values = qkv[:, heads * layer.head_dim :].view(tokens, layer.num_kv_heads, layer.v_head_dim)
         return turned[:, : layer.num_heads], turned[:, layer.num_heads :], values
 
     def _can_fuse(self, step: QKVStep) -> bool:
