@@ -12,8 +12,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -95,9 +96,21 @@ def built(isa: str | None = None, extra: Sequence[str] = ()) -> Path:
     target = _target(compiler, isa, extra)
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        sys.stderr.write(f"building the CPU kernels for {isa} with {compiler.name}, once\n")
-        _build(compiler, isa, extra, target)
+        with _alone(target):
+            if not target.exists():
+                sys.stderr.write(f"building the CPU kernels for {isa} with {compiler.name}, once\n")
+                _build(compiler, isa, extra, target)
     return target
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """One process builds, others that want the same wait for it."""
+    import fcntl  # not on Windows, where nothing is built
+
+    with target.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _target(compiler: Path, isa: str, extra: Sequence[str] = ()) -> Path:
