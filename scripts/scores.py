@@ -22,7 +22,7 @@ from quire.registry import PluginHost, build_host
 from quire.testing.certify import Score
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-OWN = ("core", "cpu_ref", "quant", "server")
+OWN = ("core", "cpu_native", "cpu_ref", "quant", "server")
 """Our plugins that a machine without a GPU can run."""
 HEAD = "| Extension point | Providers | Verdict | Checks |\n|---|---|---|---:|\n"
 
