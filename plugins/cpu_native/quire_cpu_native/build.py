@@ -45,6 +45,9 @@ NEEDED: Mapping[str, frozenset[str]] = MappingProxyType(
 )
 """Instruction set -> the flags of the processor that it takes, in Linux's names."""
 
+UNPROVEN = frozenset({"avx512", "avx512bf16"})
+"""Paths whose results nobody has seen, on hardware or emulated: they compile, and are not chosen."""
+
 
 def missing() -> str | None:
     """None if the kernels can run here, else the reason why not. Cheap: `quire plugins list` asks it."""
@@ -66,10 +69,11 @@ def find_compiler() -> Path | None:
 
 
 def best_isa() -> str:
-    """The best instruction set that kernels are written for and that this processor has."""
+    """The best instruction set that this processor has and that the kernels have proved themselves with."""
     if platform.machine().lower() not in {"x86_64", "amd64"}:
         return "generic"
-    return next(isa for isa, needed in NEEDED.items() if needed <= _processor_flags())
+    flags = _processor_flags()
+    return next(isa for isa, needed in NEEDED.items() if needed <= flags and isa not in UNPROVEN)
 
 
 def _processor_flags() -> frozenset[str]:
