@@ -28,7 +28,7 @@ run machine 10 nvidia-smi --query-gpu=name,driver_version,memory.total --format=
 run versions 20 python -c 'import torch, triton, transformers; print(torch.__version__, triton.__version__, transformers.__version__)'
 run engine_small 75 $(engine qwen3-0.6b engine_small)
 run tests 90 python -m pytest -m gpu tests/gpu/test_engine_on_gpu.py tests/gpu -o addopts=--import-mode=importlib -q
-run kernels 45 python benchmarks/cuda_attention.py --json "$out/kernels.json"
+run kernels 40 python benchmarks/cuda_attention.py --json "$out/kernels.json"
 run quantized 40 python benchmarks/cuda_quant.py --json "$out/quantized.json"
 run engine_qwen 45 $(engine qwen3-8b engine_qwen)
 run engine_llama 45 $(engine llama-3.1-8b engine_llama)
