@@ -43,7 +43,7 @@ else
   echo "== vLLM: no archive was given"
 fi
 if command -v compute-sanitizer > /dev/null; then
-  run sanitizer 25 compute-sanitizer --error-exitcode 9 python -m pytest -m gpu tests/gpu -o addopts=--import-mode=importlib -q -k "TestAttentionOnGpu and test_padding"
+  run sanitizer 20 compute-sanitizer --error-exitcode 9 python -m pytest -m gpu tests/gpu -o addopts=--import-mode=importlib -q -k "TestAttentionOnGpu and test_padding"
 else
   echo "== sanitizer: compute-sanitizer is not installed"
 fi
