@@ -56,7 +56,13 @@ def make(name: str, folder: Path) -> None:
     rope = {"rope_type": "default", "rope_theta": shape.pop("rope_theta")}
     config = config_class(**shape, rope_parameters=rope, max_position_embeddings=4096, tie_word_embeddings=True)
     torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for weight in (parameter for parameter in layer.parameters() if parameter.ndim == 2):
+                # Else the tied head finds the embedding of the last token, and all peers agree whatever they compute.
+                weight.mul_(1.5 / weight.shape[1] ** 0.5 / config.initializer_range)
+    model.save_pretrained(folder)
     save_byte_tokenizer(folder)
 
 

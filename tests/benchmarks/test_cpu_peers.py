@@ -15,7 +15,7 @@ from cpu_peers.peers.gguf_file import gguf_name, interleaved, read_bfloat16
 from cpu_peers.peers.llama_cpp import Slots, _Sequence
 from cpu_peers.protocol import MARK, Answer, Request, Unavailable, ask
 from cpu_peers.workload import ALL_POINTS, LONGEST, SHORTEST, Arrival, Point, arrivals, capacity, percentile, spread
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
@@ -64,6 +64,7 @@ def test_the_capacity_holds_every_point():
     assert capacity([Point("served", 64, 0)]).length >= 2 * LONGEST
 
 
+@settings(max_examples=15)
 @given(seed=st.integers(0, 99), vocab=st.integers(20, 200_000))
 def test_arrivals_are_seeded_in_order_and_within_their_bounds(seed, vocab):
     work = arrivals(20, vocab, seed)
@@ -76,10 +77,10 @@ def test_arrivals_are_seeded_in_order_and_within_their_bounds(seed, vocab):
 
 
 def test_gaps_between_arrivals_have_the_mean_and_the_spread_of_a_poisson_process():
-    times = [item.at for item in arrivals(4000, 50, 3, rate=4.0)]
+    times = [item.at for item in arrivals(1500, 50, 3, rate=4.0)]
     gaps = np.diff([0.0, *times])
-    assert gaps.mean() == pytest.approx(0.25, rel=0.06)
-    assert gaps.std() == pytest.approx(0.25, rel=0.08)
+    assert gaps.mean() == pytest.approx(0.25, rel=0.1)
+    assert gaps.std() == pytest.approx(0.25, rel=0.1)
 
 
 def test_statistics():
@@ -178,6 +179,7 @@ def test_a_worker_answers_point_by_point(monkeypatch):
     assert "ZeroDivisionError" in worker.answer(module, request).reasons["decode:2:8"]
 
 
+@settings(max_examples=60)
 @given(
     prompts=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 5)), min_size=1, max_size=9),
     size=st.integers(1, 4),
@@ -281,6 +283,7 @@ def command():
     spec = importlib.util.spec_from_file_location("cpu_peers_command", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
 
