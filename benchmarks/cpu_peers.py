@@ -114,7 +114,8 @@ def prepare(plan: Plan) -> tuple[dict[str, str], dict[tuple[str, str, str], str]
         module = importlib.import_module(f"cpu_peers.peers.{peer}")
         say(f"{peer}: environment")
         try:
-            pythons[peer] = interpreter(peer, module.REQUIREMENTS, module.BUILD, plan.cache)
+            unwanted = getattr(module, "UNWANTED", ())
+            pythons[peer] = interpreter(peer, module.REQUIREMENTS, module.BUILD, plan.cache, unwanted)
         except Unavailable as reason:
             missing |= {(peer, *case): str(reason) for case in cases}
             continue

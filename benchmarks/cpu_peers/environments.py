@@ -10,6 +10,7 @@ import venv
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import IO
 
 from cpu_peers.protocol import Unavailable
 
@@ -22,11 +23,16 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quire" / "cpu_peers"
 
 
-def interpreter(name: str, requirements: Sequence[str], build: Mapping[str, str], cache: Path) -> str:
+def interpreter(
+    name: str, requirements: Sequence[str], build: Mapping[str, str], cache: Path, unwanted: Sequence[str] = ()
+) -> str:
     """The peer's Python, with its requirements installed; without requirements the one that runs this.
 
     A folder that is there and complete is used as it is. torch is held at this environment's version, so that peers
     built on it do not differ by it.
+
+    Args:
+        unwanted: dependencies that are taken out again.
 
     Raises:
         Unavailable: pip did not succeed; the whole output is in `NAME.log` beside the environment.
@@ -43,18 +49,20 @@ def interpreter(name: str, requirements: Sequence[str], build: Mapping[str, str]
     held.write_text(f"torch=={metadata.version('torch').partition('+')[0]}\n")
     log = folder.with_suffix(".log")
     with log.open("w") as output:
-        status = subprocess.run(
-            [python, "-m", "pip", "install", "--constraint", str(held), *requirements],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | build,
-            check=False,
-        ).returncode
+        status = _pip(python, ["install", "--constraint", str(held), *requirements], build, output)
+        if unwanted and not status:
+            status = _pip(python, ["uninstall", "--yes", *unwanted], {}, output)
     if status:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("ERROR")]
         raise Unavailable(f"pip ended with status {status}: {(last or ['see its log'])[-1][:200]}")
     done.write_text(json.dumps(list(requirements)))
     return python
+
+
+def _pip(python: str, arguments: Sequence[str], build: Mapping[str, str], output: IO[str]) -> int:
+    command = [python, "-m", "pip", *arguments]
+    done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | build, check=False)
+    return done.returncode
 
 
 def surroundings(threads: int) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -90,7 +91,15 @@ def table(group: Group) -> str:
         f"* {peer}, {'all points' if len(points) == len(group.points) else ', '.join(points)}: {why}."
         for (peer, why), points in reasons.items()
     ]
-    return "\n".join([f"## {group.title}", "", *lines, "", *notes, *_agreement(group), *_extras(group)])
+    return "\n".join(
+        [f"## {group.title}", "", *lines, "", *notes, *_settings(group), *_agreement(group), *_extras(group)]
+    )
+
+
+def _settings(group: Group) -> list[str]:
+    """Each peer's versions and settings."""
+    notes = {peer: next((a.notes for a in answers if a.notes), {}) for peer, answers in group.answers.items()}
+    return [f"* {peer}: {json.dumps(found)[1:-1]}" for peer, found in notes.items() if found]
 
 
 def _agreement(group: Group) -> list[str]:
@@ -175,8 +184,6 @@ def _peer_record(group: Group, peer: str) -> dict[str, Any]:
 
 def plot(python: str, groups: Sequence[Group], target: Path) -> str | None:
     """Draw bars with matplotlib by another interpreter; returns why not, or None."""
-    import json
-
     data = [
         {
             "title": group.title,

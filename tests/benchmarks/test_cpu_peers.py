@@ -9,7 +9,7 @@ import types
 import cpu_peers as package
 import numpy as np
 import pytest
-from cpu_peers import machine, report, worker
+from cpu_peers import environments, machine, report, worker
 from cpu_peers.measure import Measurement, serve
 from cpu_peers.peers.gguf_file import gguf_name, interleaved, read_bfloat16
 from cpu_peers.peers.llama_cpp import Slots, _Sequence
@@ -306,3 +306,25 @@ def test_a_busy_machine_is_refused_before_anything_is_measured(command, monkeypa
     monkeypatch.setattr(sys, "argv", ["cpu_peers.py"])
     with pytest.raises(SystemExit, match=r"busy.*--force"):
         command.main()
+
+
+def test_an_environment_is_made_once_and_its_failure_is_told(tmp_path, monkeypatch):
+    calls = []
+
+    def pip(python, arguments, build, output):
+        calls.append(arguments)
+        output.write("ERROR: no such package\n")
+        return status
+
+    monkeypatch.setattr(environments, "_pip", pip)
+    monkeypatch.setattr(environments.venv, "create", lambda folder, with_pip: folder.mkdir(parents=True))
+    status = 1
+    with pytest.raises(Unavailable, match="no such package"):
+        environments.interpreter("x", ["a"], {}, tmp_path)
+    status = 0
+    python = environments.interpreter("x", ["a"], {}, tmp_path, ["b"])
+    assert python.startswith(str(tmp_path))
+    assert [words[0] for words in calls] == ["install", "install", "uninstall"]
+    assert environments.interpreter("x", ["a"], {}, tmp_path) == python
+    assert len(calls) == 3
+    assert environments.interpreter("quire", [], {}, tmp_path) == sys.executable

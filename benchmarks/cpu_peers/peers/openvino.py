@@ -20,6 +20,8 @@ REQUIREMENTS: tuple[str, ...] = (
     "openvino-tokenizers",
 )
 BUILD: Mapping[str, str] = {}
+UNWANTED = ("torchvision",)
+"""Text models do not need it, and where it was built for another torch, transformers fails to import."""
 
 
 def prepare(checkpoint: str, folder: str, precision: str) -> str:
@@ -51,12 +53,14 @@ def _export_tokenizer(tokenizer: Any, folder: Path) -> None:
     import openvino
     from openvino_tokenizers import convert_tokenizer
 
-    for name, model in zip(("tokenizer", "detokenizer"), convert_tokenizer(tokenizer, True), strict=True):
+    for name, model in zip(
+        ("tokenizer", "detokenizer"), convert_tokenizer(tokenizer, with_detokenizer=True), strict=True
+    ):
         openvino.save_model(model, folder / f"openvino_{name}.xml")
 
 
 class Peer:
-    """`ContinuousBatchingPipeline`, with a KV cache in bfloat16."""
+    """`ContinuousBatchingPipeline`, with a KV cache in bfloat16, or float32 where the CPU does not compute in that."""
 
     static = False
 
@@ -72,10 +76,12 @@ class Peer:
         scheduler.max_num_seqs = need.sequences
         scheduler.max_num_batched_tokens = 2048
         scheduler.enable_prefix_caching = False
+        able = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        dtype = "bf16" if able else "f32"
         settings = {
             "INFERENCE_NUM_THREADS": request.threads,
-            "INFERENCE_PRECISION_HINT": "bf16",
-            "KV_CACHE_PRECISION": "bf16",
+            "INFERENCE_PRECISION_HINT": dtype,
+            "KV_CACHE_PRECISION": dtype,
         }
         self._pipe = genai.ContinuousBatchingPipeline(path, scheduler, "CPU", settings)
         self._genai, self._numpy, self._tensor = genai, numpy, openvino.Tensor
