@@ -317,7 +317,7 @@ def test_an_environment_is_made_once_and_its_failure_is_told(tmp_path, monkeypat
         return status
 
     monkeypatch.setattr(environments, "_pip", pip)
-    monkeypatch.setattr(environments.venv, "create", lambda folder, with_pip: folder.mkdir(parents=True))
+    monkeypatch.setattr(environments.venv, "create", lambda folder, with_pip: folder.mkdir(parents=True, exist_ok=True))
     status = 1
     with pytest.raises(Unavailable, match="no such package"):
         environments.interpreter("x", ["a"], {}, tmp_path)
