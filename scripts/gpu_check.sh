@@ -12,7 +12,7 @@ archive=${2:-}
 script=${3:-}
 mkdir -p "$out"
 rm -f "$out"/failed.txt
-export PYTHONPATH="$PWD/framework:$PWD/plugins/cpu_ref:$PWD/plugins/cuda_paged:$PWD/plugins/quant:$PWD/server${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD/framework:$PWD/plugins/cpu_ref:$PWD/plugins/cpu_native:$PWD/plugins/cuda_paged:$PWD/plugins/quant:$PWD/server${PYTHONPATH:+:$PYTHONPATH}"
 failed=0
 run() {
   local name=$1 limit=$2
@@ -27,10 +27,11 @@ engine() { echo python benchmarks/gpu_engine.py --shape "$1" --json "$out/$2.jso
 run machine 10 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
 run versions 20 python -c 'import torch, triton, transformers; print(torch.__version__, triton.__version__, transformers.__version__)'
 run engine_small 75 $(engine qwen3-0.6b engine_small)
-run tests 100 python -m pytest -m gpu tests/cuda_paged -o addopts=--import-mode=importlib -q
-run kernels 50 python benchmarks/cuda_attention.py --json "$out/kernels.json"
-run engine_qwen 50 $(engine qwen3-8b engine_qwen)
-run engine_llama 50 $(engine llama-3.1-8b engine_llama)
+run tests 90 python -m pytest -m gpu tests/gpu/test_engine_on_gpu.py tests/gpu -o addopts=--import-mode=importlib -q
+run kernels 40 python benchmarks/cuda_attention.py --json "$out/kernels.json"
+run quantized 40 python benchmarks/cuda_quant.py --json "$out/quantized.json"
+run engine_qwen 45 $(engine qwen3-8b engine_qwen)
+run engine_llama 45 $(engine llama-3.1-8b engine_llama)
 if [ -n "$archive" ] && [ -n "$script" ]; then
   packages=$(mktemp -d)
   trap 'rm -rf "$packages"' EXIT
@@ -42,7 +43,7 @@ else
   echo "== vLLM: no archive was given"
 fi
 if command -v compute-sanitizer > /dev/null; then
-  run sanitizer 30 compute-sanitizer --error-exitcode 9 python -m pytest -m gpu tests/cuda_paged -o addopts=--import-mode=importlib -q -k "TestAttentionOnGpu and test_padding"
+  run sanitizer 25 compute-sanitizer --error-exitcode 9 python -m pytest -m gpu tests/gpu -o addopts=--import-mode=importlib -q -k "TestAttentionOnGpu and test_padding"
 else
   echo "== sanitizer: compute-sanitizer is not installed"
 fi

@@ -55,7 +55,66 @@ RUNNER = "framework/quire/engine/runner.py"
 STAGING = "framework/quire/engine/staging.py"
 DETOKENIZER = "framework/quire/tokenizer/detokenizer.py"
 
+CSRC = "plugins/cpu_native/quire_cpu_native/csrc"
+NATIVE_KITS, NATIVE = "tests/cpu_native/test_kits.py", "tests/cpu_native/test_kernels.py"
+
 MUTANTS = (
+    Mutant(
+        "native: the last input of an odd number is lost",
+        f"{CSRC}/tile.h",
+        "if (inputs % 2 == 0) return;",
+        "return;",
+        NATIVE,
+    ),
+    Mutant(
+        "native: padding of a group is read",
+        f"{CSRC}/quant.cpp",
+        "k < count ? to_float(in[k]) : 0.0f",
+        "to_float(in[k])",
+        NATIVE,
+    ),
+    Mutant(
+        "native: sums of rounded inputs are forgotten",
+        f"{CSRC}/quant16.cpp",
+        "total = (float)sum;",
+        "total = 0.0f;",
+        NATIVE_KITS,
+    ),
+    Mutant(
+        "native: what a row had is not scaled down",
+        f"{CSRC}/attention.cpp",
+        "state.total = state.total * keep + sum(total), state.top = top;",
+        "state.total = state.total + sum(total), state.top = top;",
+        NATIVE_KITS,
+    ),
+    Mutant(
+        "native: splits follow the tile",
+        f"{CSRC}/attention.cpp",
+        "int64_t begin = std::max(index * SPLIT, first_seen(tile.position));",
+        "int64_t begin = std::max(index * SPLIT, tile.position > 8 ? tile.position - 8 : 0);",
+        NATIVE_KITS,
+    ),
+    Mutant(
+        "native: the sink gives a value",
+        f"{CSRC}/attention.cpp",
+        "total = total * factor + exp1(sink - top);",
+        "total = total * factor;",
+        NATIVE_KITS,
+    ),
+    Mutant(
+        "native: keys are turned the wrong way",
+        f"{CSRC}/rows.cpp",
+        "store(out + i, sub(mul(a, c), mul(b, s)));",
+        "store(out + i, add(mul(a, c), mul(b, s)));",
+        NATIVE_KITS,
+    ),
+    Mutant(
+        "native: a task is done twice",
+        f"{CSRC}/pool.cpp",
+        "ticket_.compare_exchange_weak(ticket, ticket + 1,",
+        "ticket_.compare_exchange_weak(ticket, ticket,",
+        NATIVE,
+    ),
     Mutant(
         "kv: full block one token early", POOL, "full = num_computed // size", "full = (num_computed + 1) // size", KV
     ),
@@ -491,13 +550,6 @@ MUTANTS = (
         CUDA_SAMPLER,
     ),
     Mutant(
-        "sampling kernel: min-p against one, not against the largest",
-        SAMPLING_KERNELS,
-        "tl.exp(x.to(tl.float64) / temperature - largest)",
-        "tl.exp(x.to(tl.float64) / temperature - largest + 0.1)",
-        CUDA_SAMPLER,
-    ),
-    Mutant(
         "sampling kernel: the position's high word is dropped",
         SAMPLING_KERNELS,
         "(words >> 32).to(tl.uint32)",
@@ -563,7 +615,7 @@ MUTANTS = (
     Mutant(
         "kernel: keys are cached before they are turned",
         ROW_KERNELS,
-        "tl.store(k_cache_ptr + slot * k_slot + at, k.to(",
+        "tl.store(k_cache_ptr + slot * k_slot + at, _within(k, LARGEST).to(",
         "tl.store(k_cache_ptr + slot * k_slot + at, tl.load(qkv + HEADS * D + at, mask=inside, other=0.0).to(",
         CUDA,
     ),

@@ -22,12 +22,12 @@ from quire.registry import PluginHost, build_host
 from quire.testing.certify import Score
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-OWN = ("core", "cpu_ref", "cpu_native", "quant", "server")
+OWN = ("core", "cpu_native", "cpu_ref", "quant", "server")
 """Our plugins that a machine without a GPU can run."""
 HEAD = "| Extension point | Providers | Verdict | Checks |\n|---|---|---|---:|\n"
 
 
-def testable(host: PluginHost) -> list[tuple[Provider, str]]:
+def runnable(host: PluginHost) -> list[tuple[Provider, str]]:
     """Providers of our own plugins, with the plugin's name, that can run on a CPU."""
     return [
         (provider, plugin)
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="write the table into README.md")
     chosen = parser.parse_args(arguments)
-    scores = certify(testable(build_host()))
+    scores = certify(runnable(build_host()))
     if chosen.update:
         README.write_text(with_table(README.read_text(encoding="utf-8"), table(scores)), encoding="utf-8")
     else:

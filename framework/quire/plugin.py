@@ -45,6 +45,7 @@ from quire.contract.ops import (
     RMSNormOp,
     RMSNormSpec,
     elementwise,
+    torch_linear,
 )
 from quire.contract.parsing import (
     OutputParser,
@@ -203,4 +204,5 @@ __all__ = [
     "kv_cache_dtype",
     "seeded_uniform",
     "split_qkv",
+    "torch_linear",
 ]

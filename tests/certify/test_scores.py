@@ -3,7 +3,7 @@
 import pytest
 from quire.registry import build_host
 from quire.testing.certify import Score, why_not
-from scores import HEAD, README, certify, rows, table, testable, with_table
+from scores import HEAD, README, certify, rows, runnable, table, with_table
 
 
 @pytest.fixture(scope="module")
@@ -12,11 +12,11 @@ def host():
 
 
 def test_the_readme_names_every_provider_and_none_that_is_gone(host):
-    there = {(provider.point, provider.name) for provider, _ in testable(host)}
+    there = {(provider.point, provider.name) for provider, _ in runnable(host)}
     said = rows(README.read_text(encoding="utf-8"))
     assert {(point, name) for point, name, _ in said} == there, "run python scripts/scores.py --update"
     assert {verdict for *_, verdict in said} == {"certified"}
-    assert [why_not(host, provider) for provider, _ in testable(host)] == [""] * len(there)
+    assert [why_not(host, provider) for provider, _ in runnable(host)] == [""] * len(there)
 
 
 def test_the_table_is_written_and_read_alike():
@@ -29,7 +29,7 @@ def test_the_table_is_written_and_read_alike():
 
 
 def test_scores_are_counted_by_provider(host):
-    chosen = [pair for pair in testable(host) if pair[0].point in ("scheduler_policy", "metrics_sink")]
+    chosen = [pair for pair in runnable(host) if pair[0].point in ("scheduler_policy", "metrics_sink")]
     scores = certify(chosen)
     assert {(score.name, score.verdict) for score in scores} == {
         (name, "certified") for name in ("fcfs", "priority", "log")
@@ -39,6 +39,6 @@ def test_scores_are_counted_by_provider(host):
 
 @pytest.mark.slow
 def test_every_verdict_of_the_readme_is_what_the_kit_says(host):
-    scores = certify(testable(host))
+    scores = certify(runnable(host))
     said = rows(README.read_text(encoding="utf-8"))
     assert {(score.point, score.name, score.verdict) for score in scores} == said

@@ -111,6 +111,7 @@ def test_an_allow_list_in_the_configuration(quire, tmp_path):
     plugins = json.loads(quire("-c", file, "plugins", "list", "--json").stdout)
     assert {p["name"]: p["status"] for p in plugins} == {
         "core": "loaded",
+        "cpu_native": "blocked",
         "cpu_ref": "blocked",
         "cuda_paged": "blocked",
         "quant": "loaded",
@@ -155,6 +156,7 @@ def test_the_variable_for_allowed_plugins(quire, monkeypatch):
     plugins = json.loads(quire("plugins", "list", "--json").stdout)
     assert {p["name"]: p["status"] for p in plugins} == {
         "core": "loaded",
+        "cpu_native": "blocked",
         "cpu_ref": "loaded",
         "cuda_paged": "blocked",
         "quant": "blocked",

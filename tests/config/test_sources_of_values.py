@@ -83,6 +83,7 @@ def test_every_field_can_be_set_from_every_source(tmp_path):
         "max_model_len": "4k",
         "kv_cache_memory": "1MiB",
         "deterministic": "true",
+        "async_scheduling": "true",
         "process": "true",
         "enable_prefix_caching": "false",
         "ops": "{default: torch}",

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from kit_faults.layers import Wrong, forgets_residual
-from quire.plugin import DeviceInit, LinearSpec, OpSpec
+from quire.contract import ops as contract_ops
+from quire.plugin import DeviceInit, LinearSpec, OpSpec, torch_linear
 from quire.testing.device import DeviceConformance
 from quire.testing.op import OpConformance
 from quire_cpu_ref import device as device_module
@@ -50,6 +51,21 @@ def test_packing_is_for_dtypes_that_the_processor_computes():
     cpu = torch.device("cpu")
     assert not packs_well(LinearSpec(8, 8, False, torch.float16), cpu)
     assert not packs_well(LinearSpec(8, 8, False, torch.bfloat16), torch.device("meta"))
+
+
+@pytest.mark.parametrize("has_kernels", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_through_float32(monkeypatch, dtype, has_kernels):
+    """On a processor that has no instructions for it, and on one that has: one product in float64."""
+    monkeypatch.setattr(contract_ops, "_has_kernels", lambda *_: has_kernels)
+    monkeypatch.setattr(contract_ops, "WIDENED_ELEMENTS", 40 * 96)
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((103, 96), (103,)))
+    for rows in (0, 1, 3, 4, 17, 64):
+        x = torch.randn(rows, 200, generator=generator).to(dtype)[:, 3:99]
+        for offset in (None, bias):
+            exact = x.double() @ weight.double().T + (0 if offset is None else offset.double())
+            OpConformance().close(torch_linear(x, weight, offset), exact, dtype)
 
 
 @pytest.mark.skipif(not packs_well(LinearSpec(8, 8, False, torch.bfloat16), torch.device("cpu")), reason="no bfloat16")

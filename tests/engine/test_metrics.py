@@ -72,7 +72,7 @@ def host(tmp_path, monkeypatch):
 def test_sinks_and_hooks_see_every_step_and_request(checkpoint, host):
     llm = LLM(checkpoint("llama"), host=host, dtype="float32", num_kv_blocks=60, metrics_sinks=("recorder",))
     told = sys.modules["watcher"].told
-    assert (told[0].num_kv_blocks, told[0].selected["attention"]) == (60, "cpu_ref")
+    assert (told[0].num_kv_blocks, told[0].selected["scheduler"]) == (60, "continuous")
     prompt = list(range(3, 40))
     for _ in range(2):
         llm.generate([prompt], PARAMS, use_tqdm=False)

@@ -104,6 +104,19 @@ def test_the_deterministic_form_does_not_see_how_many_rows_there_are():
     assert torch.equal(op(x[65:], state), out[65:])
 
 
+def test_deterministic_launches_are_all_the_same(monkeypatch):
+    """Other splits differ in bits that rounding mostly hides, so what is launched is looked at."""
+    launched = []
+    monkeypatch.setattr(CudaQuantLinear, "_fused", lambda self, x, *rest: launched.append(rest[2:]) or x)
+    spec = QuantLinearSpec(1024, 24, 4, 128, "integer", torch.float16, deterministic=True)
+    op = CudaQuantLinear(spec, Gpu((9, 0), 1, native=False))
+    state = op.pack(*quantized(spec, torch.Generator().manual_seed(0)))
+    for rows in (1, 64, 65, 1100):
+        op(torch.zeros(rows, 1024, dtype=torch.float16), state)
+    assert len(launched) == 5
+    assert len(set(launched)) == 1
+
+
 def test_what_it_cannot_serve_is_left_to_others():
     ops = CudaQuantOps(OpConformance.init())
 

@@ -6,13 +6,16 @@ never learns whose. Plain torch serves every spec, so a new device starts with a
 
 from __future__ import annotations
 
+import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from quire.contract.attention import GraphSupport
 
@@ -137,6 +140,42 @@ def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         tile[: piece.numel()] = piece
         out[start : start + ELEMENTWISE_TILE] = function(tile)[: piece.numel()]
     return out.view(x.shape)
+
+
+WIDENED_ROWS = 4
+"""Rows from which on `torch_linear` goes through float32; fewer are read faster as they are."""
+WIDENED_ELEMENTS = 1 << 20
+"""Elements of the weight that it widens at once: a few MB, which the cache holds."""
+
+
+def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [M, K] · weight [N, K]ᵀ + bias [N], as `torch.nn.functional.linear`, and fast in half precision on any CPU.
+
+    On a processor without instructions for bfloat16 or float16 torch multiplies them by plain loops. There the
+    weight is widened to float32 some rows at a time: with 64 rows of 1024 inputs 5.5 times as fast on Zen 3.
+    """
+    if x.shape[0] < WIDENED_ROWS or _has_kernels(x.device.type, x.dtype):
+        return functional.linear(x, weight, bias)
+    out, wide = x.new_empty(x.shape[0], weight.shape[0]), x.float()
+    step = max(16, WIDENED_ELEMENTS // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        end = start + step
+        part = None if bias is None else bias[start:end].float()
+        out[:, start:end] = functional.linear(wide, weight[start:end].float(), part)
+    return out
+
+
+@cache
+def _has_kernels(device_type: str, dtype: torch.dtype) -> bool:
+    if device_type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if platform.machine().lower() not in {"x86_64", "amd64"}:
+        return True  # not measured elsewhere: torch's own choice stands
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    operations = torch.ops.mkldnn
+    native = operations._is_mkldnn_bf16_supported if dtype is torch.bfloat16 else operations._is_mkldnn_fp16_supported
+    return bool(native())
 
 
 class RMSNormOp(Protocol):

@@ -31,8 +31,9 @@ MAX_HEAD_DIM = 1024
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Addresses of the step's tables, which `batch` keeps alive, and how many of its tokens are real."""
+    """Addresses of the step's tables, which are held here too, and how many of its tokens are real."""
 
+    tables: tuple[Tensor, ...]
     table: int
     table_width: int
     starts: int
@@ -99,7 +100,7 @@ class NativeAttention(AttentionBackend):
             step.kv[1].data_ptr(),
             tokens,
         )
-        values = qkv[:, heads * layer.head_dim :].unflatten(1, (layer.num_kv_heads, layer.v_head_dim))
+        values = qkv[:, heads * layer.head_dim :].view(tokens, layer.num_kv_heads, layer.v_head_dim)
         return turned[:, : layer.num_heads], turned[:, layer.num_heads :], values
 
     def _can_fuse(self, step: QKVStep) -> bool:
@@ -139,15 +140,16 @@ class NativeAttention(AttentionBackend):
         return fields
 
     def plan(self, batch: AttentionBatch) -> StepPlan:
-        tables = (batch.block_table, batch.query_start_loc_host, batch.seq_lens_host)
-        assert all(table.is_contiguous() and table.dtype is torch.int32 for table in tables)
+        table = row_major(batch.block_table)  # often some columns of a wider one
+        starts, lengths = batch.query_start_loc_host.contiguous(), batch.seq_lens_host.contiguous()
         return StepPlan(
-            table=batch.block_table.data_ptr(),
-            table_width=batch.block_table.shape[1],
-            starts=batch.query_start_loc_host.data_ptr(),
-            lengths=batch.seq_lens_host.data_ptr(),
+            tables=(table, starts, lengths),
+            table=table.data_ptr(),
+            table_width=table.stride(0),
+            starts=starts.data_ptr(),
+            lengths=lengths.data_ptr(),
             num_reqs=batch.num_reqs,
-            num_tokens=int(batch.query_start_loc_host[-1]),
+            num_tokens=int(starts[-1]),
         )
 
     def forward(

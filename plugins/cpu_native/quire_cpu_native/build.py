@@ -12,8 +12,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -44,6 +45,9 @@ NEEDED: Mapping[str, frozenset[str]] = MappingProxyType(
 )
 """Instruction set -> the flags of the processor that it takes, in Linux's names."""
 
+UNPROVEN = frozenset({"avx512", "avx512bf16"})
+"""Paths whose results nobody has seen, on hardware or emulated: they compile, and are not chosen."""
+
 
 def missing() -> str | None:
     """None if the kernels can run here, else the reason why not. Cheap: `quire plugins list` asks it."""
@@ -65,10 +69,11 @@ def find_compiler() -> Path | None:
 
 
 def best_isa() -> str:
-    """The best instruction set that kernels are written for and that this processor has."""
+    """The best instruction set that this processor has and that the kernels have proved themselves with."""
     if platform.machine().lower() not in {"x86_64", "amd64"}:
         return "generic"
-    return next(isa for isa, needed in NEEDED.items() if needed <= _processor_flags())
+    flags = _processor_flags()
+    return next(isa for isa, needed in NEEDED.items() if needed <= flags and isa not in UNPROVEN)
 
 
 def _processor_flags() -> frozenset[str]:
@@ -95,9 +100,21 @@ def built(isa: str | None = None, extra: Sequence[str] = ()) -> Path:
     target = _target(compiler, isa, extra)
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        sys.stderr.write(f"building the CPU kernels for {isa} with {compiler.name}, once\n")
-        _build(compiler, isa, extra, target)
+        with _alone(target):
+            if not target.exists():
+                sys.stderr.write(f"building the CPU kernels for {isa} with {compiler.name}, once\n")
+                _build(compiler, isa, extra, target)
     return target
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """One process builds, others that want the same wait for it."""
+    import fcntl  # not on Windows, where nothing is built
+
+    with target.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _target(compiler: Path, isa: str, extra: Sequence[str] = ()) -> Path:

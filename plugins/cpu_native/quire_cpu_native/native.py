@@ -18,7 +18,7 @@ SUFFIXES: Mapping[torch.dtype, str] = MappingProxyType({torch.float32: "f32", to
 """Compute dtypes that there are kernels for."""
 PANEL = 64
 """Outputs that are packed together."""
-TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+TYPES: Mapping[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 SIGNATURES: Mapping[str, str] = MappingProxyType(
     {
         "linear_pack": "pppii",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from quire.plugin import torch_linear
 from torch import Tensor
 from torch.nn import functional
 
@@ -34,7 +35,7 @@ def multiply(
         end = min(start + step, out_features)
         part = None if bias is None else bias[start:end]
         weight = rows(start, end)
-        out[:, start:end] = _tiled(x, weight, part) if deterministic else functional.linear(x, weight, part)
+        out[:, start:end] = _tiled(x, weight, part) if deterministic else torch_linear(x, weight, part)
     return out
 
 
@@ -42,5 +43,5 @@ def _tiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not len(x):
         return x.new_empty(0, len(weight))
     padded = functional.pad(x, (0, 0, 0, -x.shape[0] % TILE))
-    tiles = [functional.linear(tile.clone(), weight, bias) for tile in torch.split(padded, TILE)]
+    tiles = [torch_linear(tile.clone(), weight, bias) for tile in torch.split(padded, TILE)]
     return torch.cat(tiles)[: x.shape[0]]

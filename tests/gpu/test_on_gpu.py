@@ -1,4 +1,7 @@
-"""The same kits on a GPU: `pytest -m gpu`. Skipped where there is none."""
+"""The same kits on a GPU: `pytest -m gpu tests/gpu`, a process in which Triton does not interpret.
+
+The kernels are imported within the tests, as importing them decides whether they are interpreted.
+"""
 
 import pytest
 import torch
@@ -7,9 +10,7 @@ from quire.testing.attention import AttentionConformance
 from quire.testing.attention_problems import TOLERANCE
 from quire.testing.device import DeviceConformance
 from quire.testing.op import OpConformance
-from quire_cuda_paged.attention import CudaPagedAttention
 from quire_cuda_paged.device import CudaDevice
-from quire_cuda_paged.ops import CudaOps
 from quire_cuda_paged.probe import missing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
@@ -21,6 +22,8 @@ class TestAttentionOnGpu(AttentionConformance):
 
     @pytest.fixture
     def backend_class(self):
+        from quire_cuda_paged.attention import CudaPagedAttention
+
         return CudaPagedAttention
 
 
@@ -29,6 +32,8 @@ class TestOpsOnGpu(OpConformance):
 
     @pytest.fixture
     def op_set(self):
+        from quire_cuda_paged.ops import CudaOps
+
         return CudaOps(self.init(self.device))
 
 

@@ -1,4 +1,4 @@
-"""The engine's side on a GPU: graphs, steps that overlap, memory. `pytest -m gpu`; skipped where there is none."""
+"""The engine's side on a GPU: graphs, steps that overlap, memory. `pytest -m gpu tests/gpu`."""
 
 import pytest
 import torch

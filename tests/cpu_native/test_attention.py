@@ -1,0 +1,65 @@
+"""What the kit does not vary: tables that are cut from wider ones, long contexts in parts, many query heads."""
+
+import pytest
+import torch
+from quire.plugin import AttentionBatch, AttentionInit, AttentionLayer
+from quire_cpu_native.attention import NativeAttention
+from quire_cpu_native.build import missing
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+BLOCK = 16
+
+
+def batch_of(lengths, queries, tables):
+    starts = torch.tensor([0, *queries]).cumsum(0).int()
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    tokens = int(starts[-1])
+    return AttentionBatch(
+        num_reqs=len(lengths),
+        num_tokens=tokens,
+        uniform_query_len=0,
+        max_query_len=max(queries),
+        max_seq_len=max(lengths),
+        block_size=BLOCK,
+        query_start_loc=starts,
+        seq_lens=seq_lens,
+        block_table=tables,
+        slot_mapping=torch.zeros(tokens, dtype=torch.int64),
+        query_start_loc_host=starts,
+        seq_lens_host=seq_lens,
+    )
+
+
+@pytest.mark.parametrize("window", [None, 700])
+def test_long_contexts_are_computed_in_parts_with_the_same_bits(window):
+    """One row alone is split over its positions, several are not; the table is part of a wider one."""
+    torch.manual_seed(0)
+    layer = AttentionLayer(0, 4, 1, 32, 32, 0.2, window)
+    init = AttentionInit(torch.device("cpu"), torch.float32, (layer,), BLOCK, 16, 64, 100)
+    backend, length = NativeAttention(init), 1300
+    blocks = -(-length // BLOCK)
+    kv = tuple(torch.randn(blocks + 1, BLOCK, 1, 32) for _ in range(2))
+    order = (torch.randperm(blocks) + 1).int()
+    wide = torch.zeros(12, blocks + 7, dtype=torch.int32)
+    wide[:, :blocks] = order
+    q = torch.randn(36, 4, 32)
+    alone, together = torch.empty(3, 4, 32), torch.empty(36, 4, 32)
+    for out, rows in ((alone, 1), (together, 12)):
+        batch = batch_of([length] * rows, [3] * rows, wide[:rows, :blocks])
+        backend.forward(layer, q[: 3 * rows], q, q, kv, batch, backend.plan(batch), out)
+    assert torch.equal(alone, together[:3])
+    keys, values = (cache[order.long()].flatten(0, 1)[:length, 0].double() for cache in kv)
+    for index in range(3):
+        position = length - 3 + index
+        seen = slice(0 if window is None else position - window + 1, position + 1)
+        weights = (q[index].double() @ keys[seen].T * 0.2).softmax(-1)
+        torch.testing.assert_close(alone[index].double(), weights @ values[seen], atol=2e-5, rtol=2e-5)
+
+
+def test_limits_are_told():
+    def reasons(heads, dim):
+        return NativeAttention.supports(AttentionLayer(0, heads, 1, dim, dim, 1.0), torch.float32, "cpu", 16)
+
+    assert reasons(64, 128) == []
+    assert "more than 64 query heads" in reasons(65, 128)[0]
+    assert "above 1024" in reasons(1, 1025)[0]
