@@ -1,0 +1,106 @@
+"""The benchmark asks a worker by one JSON request, and gets one JSON answer. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+MARK = "cpu-peers-answer: "
+"""Begins the line of the answer: native libraries print to the standard output too."""
+PRECISIONS = ("bf16", "int4")
+TIMEOUT = 3600.0
+"""Seconds that a worker may take."""
+
+
+class Unavailable(Exception):
+    """A peer cannot do what was asked; the message is the reason, for the table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a worker is to do.
+
+    Attributes:
+        action: `prepare` (convert the checkpoint) or `measure`. checkpoint: folder in transformers' form.
+        folder: where the peer keeps its conversions. precision: one of PRECISIONS.
+        points: see `Point.parse`. threads: how many to compute with. seed: of the prompts.
+    """
+
+    action: str
+    checkpoint: str
+    folder: str
+    precision: str
+    points: Sequence[str] = ()
+    threads: int = 1
+    seed: int = 0
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """From JSON. Raises ValueError for an action or a precision that there is not."""
+        request = cls(**json.loads(text))
+        if request.action not in ("prepare", "measure"):
+            raise ValueError(f"action is prepare or measure, not {request.action!r}")
+        if request.precision not in PRECISIONS:
+            raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {request.precision!r}")
+        return request
+
+    def write(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of it.
+
+    Attributes:
+        figures: point -> tokens per second. reasons: point, or `all`, -> why there is no figure.
+        notes: versions and settings, in the peer's own words. extra: other figures, with units in the name.
+        probe: first greedy tokens after a fixed prompt, by which peers can be compared.
+    """
+
+    figures: Mapping[str, float] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, float] = field(default_factory=dict)
+    probe: Sequence[int] = ()
+
+    def write(self) -> str:
+        """As the line that `find` looks for."""
+        return MARK + json.dumps(asdict(self))
+
+    @classmethod
+    def find(cls, output: str) -> Self | None:
+        """The answer in a worker's standard output, or None."""
+        for line in reversed(output.splitlines()):
+            _, mark, rest = line.partition(MARK)
+            if mark:
+                return cls(**json.loads(rest))
+        return None
+
+
+def ask(command: Sequence[str], request: Request, environment: Mapping[str, str], folder: Path) -> Answer:
+    """Run a worker in `folder`, and return its answer; a worker that dies answers with its last words."""
+    try:
+        done = subprocess.run(
+            command,
+            input=request.write(),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT,
+            env=dict(environment),
+            cwd=folder,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Answer(reasons={"all": f"took longer than {TIMEOUT:.0f} s"})
+    answer = Answer.find(done.stdout)
+    if answer is not None:
+        return answer
+    last = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), "no word")
+    return Answer(reasons={"all": f"ended with status {done.returncode}: {last[:300]}"})
