@@ -35,7 +35,7 @@ def is_killed(mutant: Mutant, tree: Path) -> bool:
     path.write_text(original.replace(mutant.old, mutant.new), encoding="utf-8")
     try:
         paths = os.pathsep.join(str(tree / package) for package in PACKAGES)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", mutant.tests]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", mutant.tests]
         answer = subprocess.run(
             command,
             cwd=tree,

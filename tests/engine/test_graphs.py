@@ -97,6 +97,7 @@ def make(checkpoint, tmp_path, monkeypatch):
         recorder = Recorder(refuse)
         monkeypatch.setattr(GraphedDevice, "recorder", recorder, raising=False)
         common = {"device": "graphed", "attention_backend": "shaped", "dtype": "float32", "num_kv_blocks": 60}
+        common["ops"] = {"default": "torch"}  # which can all run inside a graph, but for experts
         sizes = {"max_num_seqs": 6, "max_num_batched_tokens": 24, "max_model_len": 64}
         return LLM(checkpoint(name), host=host, **common | sizes | options), recorder
 

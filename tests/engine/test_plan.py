@@ -27,8 +27,8 @@ def forms(found):
 
 
 def test_bytes_of_weights_and_kv_are_those_that_the_engine_takes():
-    found = plan("quire-tiny", "--block-size", 8)
-    configured = configure({"block_size": 8})
+    found = plan("quire-tiny", "--block-size", 8, "--attention-backend", "cpu_ref")  # which has caches of 8 bits
+    configured = configure({"block_size": 8, "attention_backend": "cpu_ref"})
     engine = engine_from(configured, host_for(configured.config))
     stored = engine.config.checkpoint
     assert forms(found)["bfloat16", ""] == stored.num_bytes == 2 * found["parameters"]

@@ -220,7 +220,7 @@ def test_two_plugins_of_one_name():
     assert host.reports["twin"].status == PluginStatus.LOADED
     assert host.reports["twin@other"].status == PluginStatus.REJECTED
     assert "taken by plugin 'twin' (dist-twin 1.2.3)" in host.reports["twin@other"].reason
-    assert [p.name for p, _ in host.providers("metrics_sink")] == ["a", "log"]
+    assert [p.name for p, _ in host.providers("metrics_sink")] == ["log", "a"]
 
 
 def test_a_plugin_called_core_cannot_replace_the_core():

@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 def test_every_layer_is_told_with_the_reason(folder, monkeypatch):
     monkeypatch.setattr("quire.engine.explained.build_layers", blind(monkeypatch))
-    answer = json.loads(explain(["-m", str(folder), "--json"]).stdout)
+    answer = json.loads(explain("-p", "no:cpu_native", ["-m", str(folder), "--json"]).stdout)
     assert [row["name"] for row in answer["candidates"] if row["chosen"]] == ["gptq"]
     layers = {row["layers"].removeprefix("model.layers.*."): row for row in answer["layers"]}
     four, eight = (f"{bits} bits in groups of 32, zeros: middle" for bits in (4, 8))

@@ -99,7 +99,7 @@ def commented_file() -> str:
             lines += ([""] if depth == 0 else []) + [f"#{'  ' * depth}{parents[depth]}:"]
         open_sections = parents
         indent = "  " * len(parents)
-        lines.append(f"#{indent}# {field.description}")
+        lines.append(f"#{indent}# {' '.join((field.description or '').split())}")
         lines.append(f"#{indent}# Allowed: {describe(field)}. {environment_variable(name)}")
         lines.append(f"#{indent}{last}: {_yaml(field.default)}")
     return "\n".join(lines) + "\n"
