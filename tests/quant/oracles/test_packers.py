@@ -11,7 +11,7 @@ import torch
 from quire_quant.bits import pack, unpack
 from quire_quant.solve import Solution, Target
 from quire_quant.store import read, stored
-from quire_quant.testing import awq_tensors, gemv_tensors, gptq_tensors, random_layer
+from quire_quant.testing import awq_tensors, compressed_tensors, gemv_tensors, gptq_tensors, random_layer
 from torch import nn
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -96,3 +96,19 @@ def test_codes_are_packed_as_compressed_tensors_packs(bits):
         back = unpack(theirs.t().contiguous() if dim else theirs, bits, codes.shape[dim])
         assert torch.equal((back.t() if dim else back).long(), codes)
         assert torch.equal(helpers.unpack_from_int32(ours.contiguous(), bits, signed.shape, packed_dim=dim), signed)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_layers_with_zero_points_mean_what_compressed_tensors_makes_of_them(bits):
+    base = pytest.importorskip(
+        "compressed_tensors.compressors.pack_quantized.base",
+        reason="pip install --no-deps compressed-tensors loguru",
+        exc_type=ImportError,
+    )
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    layer = random_layer(128, 96, bits, 32, seed=bits)
+    weights = QuantizationArgs(num_bits=bits, type="int", strategy="group", group_size=32, symmetric=False)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    theirs = base.PackedQuantizationCompressor.decompress(compressed_tensors(layer, bits), scheme)["weight"]
+    torch.testing.assert_close(theirs.double(), layer.weight, atol=1e-4, rtol=0)  # theirs is rounded to float16
