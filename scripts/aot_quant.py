@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import triton
-from aot_check import MAX_SPILLS, SHARED_KB, TENSOR_CORE, inspect
+from aot_check import MAX_SPILLS, OLDER_TENSOR_CORE, SHARED_KB, TENSOR_CORE, inspect
 from quire_quant.cuda_kernels import dequantize_kernel, few_rows_kernel, more_rows_kernel
 from quire_quant.cuda_launches import BLOCK_N, Launch, launch_for
 from quire_quant.float8_kernels import quantize_rows_kernel
@@ -176,7 +176,7 @@ def check(case: Case) -> Found:
 
 def judge_product(case: Case, binary: Any, listing: str, found: Found) -> None:
     """What is asked of products beyond that they fit."""
-    wanted = "HMMA" if case.is_few else TENSOR_CORE[case.arch]
+    wanted = OLDER_TENSOR_CORE if case.is_few else TENSOR_CORE.get(case.arch, OLDER_TENSOR_CORE)
     found.tensor_core = len(re.findall(rf"\b{wanted}\b", listing))
     if not found.tensor_core:
         found.problems.append(f"no {wanted}")
