@@ -116,7 +116,7 @@ def test_the_portable_path_passes_the_kits(tmp_path):
 @needs_compiler
 @pytest.mark.skipif(not SIMDE.exists(), reason="SIMDe is not installed (Debian: libsimde-dev)")
 @pytest.mark.skipif(best_isa() == "generic", reason="what SIMDe does not emulate takes AVX2")
-@pytest.mark.xfail(reason="SIMDe 0.7.4 lacks two conversions that simd.h uses; the paths are in UNPROVEN", strict=False)
+@pytest.mark.xfail(reason="SIMDe 0.7.4 lacks two conversions that simd.h uses; the paths are in UNPROVEN", strict=True)
 @pytest.mark.parametrize("isa", ["avx512", "avx512bf16"])
 def test_avx512_passes_the_kits_in_portable_c(tmp_path, isa):
     """The same source, with every intrinsic emulated: right results, no word on speed."""
