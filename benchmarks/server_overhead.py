@@ -86,14 +86,14 @@ while sys.stdin.readline():
 """
 
 
-def serve(llm: AsyncLLM) -> tuple[str, Any, threading.Thread]:
-    """A server over the engine: (URL, listener, thread)."""
+def serve(llm: AsyncLLM, **settings: Any) -> tuple[str, Any, threading.Thread]:
+    """A server over the engine: (URL, listener, thread). `settings`: further ones of the server."""
     from quire_server.app import create_app
     from quire_server.listener import Listener, open_socket
     from quire_server.settings import ServerSettings
     from quire_server.state import ServerState
 
-    state = ServerState(llm, ServerSettings(port=0, access_log=False))
+    state = ServerState(llm, ServerSettings(port=0, access_log=False, **settings))
     socket = open_socket(state.settings)
     listener = Listener(create_app(state), state)
     thread = threading.Thread(target=listener.serve_on, args=(socket,))
