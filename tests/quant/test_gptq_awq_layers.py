@@ -179,8 +179,8 @@ def test_refusals_that_need_the_tensors():
                 loaded(GPTQMethod, GOOD, biased, 64, 32)
         else:
             loaded(GPTQMethod, GOOD, biased, 64, 32)
-    with pytest.raises(UnsupportedModel, match=r"experts\.0.*unquantized only"):
-        GPTQMethod(QuantInit(GOOD, {"model.mlp.experts.0.up_proj.qweight": ((), torch.int32)}, CPU, torch.float32))
+    with pytest.raises(UnsupportedModel, match=r"all experts of a layer.*one by one.*take a checkpoint with"):
+        GPTQMethod(QuantInit(GOOD, {"model.mlp.experts.gate_up_proj.qweight": ((), torch.int32)}, CPU, torch.float32))
 
 
 class TestInt4PackOps(OpConformance):
