@@ -45,6 +45,7 @@ from quire.contract.ops import (
     RMSNormOp,
     RMSNormSpec,
     elementwise,
+    mixture,
     torch_linear,
 )
 from quire.contract.parsing import (
@@ -202,6 +203,7 @@ __all__ = [
     "hookimpl",
     "in_cache_dtype",
     "kv_cache_dtype",
+    "mixture",
     "seeded_uniform",
     "split_qkv",
     "torch_linear",

@@ -71,7 +71,9 @@ def blind(monkeypatch):
 
 def test_an_op_set_that_is_named_is_used_and_told(folder, tmp_path):
     (tmp_path / "quire.yaml").write_text(f"model: {{path: {folder}}}\nplugins: {{ops: {{quant_linear: dequant}}}}\n")
-    text = explain("-c", str(tmp_path / "quire.yaml"), []).stdout
+    answer = explain("-c", str(tmp_path / "quire.yaml"), [])
+    assert "`--ops quant_linear=NAME`" in answer.stderr
+    text = answer.stdout
     (line,) = [line for line in text.splitlines() if "o_proj" in line]
     assert "quant:dequant" in line
     assert "it stands first, or was asked for by name" in line
