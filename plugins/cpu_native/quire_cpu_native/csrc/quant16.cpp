@@ -10,6 +10,7 @@ namespace quire {
 namespace {
 
 constexpr int MANY = W == 16 ? 8 : 5;  // rows of a tile: as many as the registers hold sums
+constexpr int FEW = 8;                  // rows up to which codes are unpacked in registers, and read in pieces
 constexpr int64_t SPAN = 256;  // 255 · 32767 · 256 < 2^31
 
 // Which inputs of a word meet in one product: bits 0 and 16 of it, then those of the next shift.
@@ -150,11 +151,12 @@ static inline void add_words(const Columns<BITS, Scale>& c, Packed, const int16_
     }
 }
 
+// Groups `first` to `last` - 1.
 template <int BITS, class Scale, class Source, int MB, int NV>
 static inline void tile(const Columns<BITS, Scale>& c, Source source, const Spans& spans, const Rows& x, int64_t row,
-                        V acc[MB][NV]) {
+                        int64_t first, int64_t last, V acc[MB][NV]) {
     const int16_t* values = x.values + row * x.depth;
-    for (int64_t g = 0; g < c.groups; g++) {
+    for (int64_t g = first; g < last; g++) {
         V group[MB][NV] = {};
         for (int64_t s = 0; s < spans.count; s++) {
             I sums[MB][NV];
@@ -182,23 +184,37 @@ struct Part {
     int64_t panel, row;
     bf16* out;
     const bf16* bias;
+
+    template <int MB, int NV>
+    void emit_at(V acc[MB][NV], int64_t at_row, int64_t first) const {
+        int64_t column = panel * PANEL + first, left = codes.outputs - column;
+        if (left > 0)
+            emit<bf16, MB, NV>(acc, out + at_row * codes.outputs + column, codes.outputs, left, bias ? bias + column : nullptr);
+    }
 };
 
-// MB rows times NV vectors of columns from `first` on.
-template <int BITS, class Scale, int MB, int NV, class Source>
-void product(const Part& p, const Columns<BITS, Scale>& c, Source source, int64_t row, int64_t first) {
-    const Codes& codes = p.codes;
-    V acc[MB][NV] = {};
-    tile<BITS, Scale, Source, MB, NV>(c, source, p.spans, p.x, row, acc);
-    int64_t column = p.panel * PANEL + first;
-    emit<bf16, MB, NV>(acc, p.out + row * codes.outputs + column, codes.outputs, codes.outputs - column,
-                       p.bias ? p.bias + column : nullptr);
-}
-
-template <int BITS, class Scale, int MB, int NV>
-void few_rows(const Part& p, int64_t columns) {
-    for (int64_t first = 0; first < columns; first += NV * W)
-        product<BITS, Scale, MB, NV>(p, Columns<BITS, Scale>(p.codes, p.panel, first), Packed{}, p.row, first);
+// Some groups of all columns at a time, rows in tiles of MB at most; SUMS: rows that there may be. See `panel_in_pieces`.
+template <int BITS, class Scale, int MB, int NV, int SUMS>
+void few_rows(const Part& p, int64_t count) {
+    constexpr int strips = PANEL / W / NV;
+    V sums[strips][SUMS][NV];
+    for (int s = 0; s < strips; s++)
+        for (int64_t m = 0; m < count; m++)
+            for (int v = 0; v < NV; v++) sums[s][m][v] = zero();
+    int64_t groups = p.codes.groups(), step = std::max<int64_t>(1, DEPTH / p.codes.group);
+    for (int64_t g = 0; g < groups; g += step)
+        for (int s = 0; s < strips; s++) {
+            Columns<BITS, Scale> c(p.codes, p.panel, s * NV * W);
+            by_tiles<MB>(count, [&](auto rows, int64_t m) {
+                V acc[rows.value][NV];
+                copy<rows.value, NV>(acc, sums[s] + m);
+                tile<BITS, Scale, Packed, rows.value, NV>(c, Packed{}, p.spans, p.x, p.row + m, g,
+                                                          std::min(groups, g + step), acc);
+                copy<rows.value, NV>(sums[s] + m, acc);
+            });
+        }
+    for (int s = 0; s < strips; s++)
+        for (int64_t m = 0; m < count; m++) p.emit_at<1, NV>(sums[s] + m, p.row + m, s * NV * W);
 }
 
 template <int BITS, class Scale>
@@ -207,11 +223,11 @@ void many_rows(const Part& p, int64_t count, int64_t columns, Scratch& scratch) 
     for (int64_t first = 0; first < columns; first += 2 * W) {
         Columns<BITS, Scale> c(p.codes, p.panel, first);
         Wide wide = expand(c, to);
-        for (int64_t row = p.row, left = count; left > 0;) {
-            int64_t size = even_share(left, MANY);
-            with_rows<MANY>(size, [&](auto rows) { product<BITS, Scale, rows.value, 2>(p, c, wide, row, first); });
-            row += size, left -= size;
-        }
+        by_tiles<MANY>(count, [&](auto rows, int64_t m) {
+            V acc[rows.value][2] = {};
+            tile<BITS, Scale, Wide, rows.value, 2>(c, wide, p.spans, p.x, p.row + m, 0, c.groups, acc);
+            p.emit_at<rows.value, 2>(acc, p.row + m, first);
+        });
     }
 }
 
@@ -226,10 +242,8 @@ void multiply(Pool& pool, const Codes& c, const bf16* bias, const bf16* x, int64
         int64_t columns = std::min<int64_t>(PANEL, c.outputs - panel * PANEL);
         Part p{c, spans, rounded, panel, row, out, bias};
         if (count <= 0) return;
-        if (count == 1) return few_rows<BITS, Scale, 1, 4>(p, columns);
-        if (count == 2) return few_rows<BITS, Scale, 2, 4>(p, columns);
-        if (count == 3) return few_rows<BITS, Scale, 3, 2>(p, columns);
-        if (count == 4) return few_rows<BITS, Scale, 4, 2>(p, columns);
+        if (count <= 2) return few_rows<BITS, Scale, 2, 4, 2>(p, count);
+        if (count <= FEW) return few_rows<BITS, Scale, 4, W == 16 ? 4 : 2, FEW>(p, count);
         many_rows<BITS, Scale>(p, count, columns, scratch);
     });
 }

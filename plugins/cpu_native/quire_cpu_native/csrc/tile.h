@@ -94,6 +94,16 @@ static inline void with_rows(int64_t rows, const Work& work) {
     work(std::integral_constant<int, MOST>{});
 }
 
+// Calls `work` with the rows of each tile, as `with_rows` does, and the first of them: `rows` of them, MOST at most in one.
+template <int MOST, class Work>
+static inline void by_tiles(int64_t rows, const Work& work) {
+    for (int64_t first = 0; first < rows;) {
+        int64_t size = even_share(rows - first, MOST);
+        with_rows<MOST>(size, [&](auto few) { work(few, first); });
+        first += size;
+    }
+}
+
 // Columns 0 to `columns` - 1 of the tile, plus bias, to out.
 template <class T, int MB, int NV>
 static inline void emit(V acc[MB][NV], T* out, int64_t ldo, int64_t columns, const T* bias) {
@@ -126,16 +136,12 @@ static inline void panel_in_pieces(const Weight* w, const X* x, int64_t ldx, int
     for (int64_t k = 0; k < inputs; k += DEPTH) {
         int64_t depth = inputs - k < DEPTH ? inputs - k : DEPTH;
         for (int s = 0; s < strips; s++)
-            for (int64_t m = 0; m < rows;) {
-                int64_t size = even_share(rows - m, MB);
-                with_rows<MB>(size, [&](auto few) {
-                    V acc[few.value][NV];
-                    copy<few.value, NV>(acc, sums[s] + m);
-                    tile<few.value, NV>(w + k * PANEL + s * NV * W * per_column, PANEL, x + m * ldx + k, ldx, depth, acc);
-                    copy<few.value, NV>(sums[s] + m, acc);
-                });
-                m += size;
-            }
+            by_tiles<MB>(rows, [&](auto few, int64_t m) {
+                V acc[few.value][NV];
+                copy<few.value, NV>(acc, sums[s] + m);
+                tile<few.value, NV>(w + k * PANEL + s * NV * W * per_column, PANEL, x + m * ldx + k, ldx, depth, acc);
+                copy<few.value, NV>(sums[s] + m, acc);
+            });
     }
     for (int s = 0; s < strips && s * NV * W < columns; s++)
         for (int64_t m = 0; m < rows; m++)
@@ -151,15 +157,11 @@ static inline void panel_rows(const Weight* w, int64_t stride, const X* x, int64
     for (int first = 0; first < vectors && first * W < columns; first += NV) {
         const Weight* part = w + first * W * per_column;
         const T* further = bias ? bias + first * W : nullptr;
-        for (int64_t m = 0; m < rows;) {
-            int64_t size = even_share(rows - m, MB);
-            with_rows<MB>(size, [&](auto few) {
-                V acc[few.value][NV] = {};
-                tile<few.value, NV>(part, stride, x + m * ldx, ldx, inputs, acc);
-                emit<T, few.value, NV>(acc, out + m * ldo + first * W, ldo, columns - (int64_t)first * W, further);
-            });
-            m += size;
-        }
+        by_tiles<MB>(rows, [&](auto few, int64_t m) {
+            V acc[few.value][NV] = {};
+            tile<few.value, NV>(part, stride, x + m * ldx, ldx, inputs, acc);
+            emit<T, few.value, NV>(acc, out + m * ldo + first * W, ldo, columns - (int64_t)first * W, further);
+        });
     }
 }
 
