@@ -21,6 +21,7 @@ from quire.contract.attention import (
     head_norm,
     in_cache_dtype,
     kv_cache_dtype,
+    quantize_kv,
     split_qkv,
 )
 from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, HostCopy, MemoryInfo
@@ -202,6 +203,7 @@ __all__ = [
     "hookimpl",
     "in_cache_dtype",
     "kv_cache_dtype",
+    "quantize_kv",
     "seeded_uniform",
     "split_qkv",
     "torch_linear",

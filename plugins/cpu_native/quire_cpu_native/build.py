@@ -45,9 +45,6 @@ NEEDED: Mapping[str, frozenset[str]] = MappingProxyType(
 )
 """Instruction set -> the flags of the processor that it takes, in Linux's names."""
 
-UNPROVEN = frozenset({"avx512", "avx512bf16"})
-"""Paths whose results nobody has seen, on hardware or emulated: they compile, and are not chosen."""
-
 
 def missing() -> str | None:
     """None if the kernels can run here, else the reason why not. Cheap: `quire plugins list` asks it."""
@@ -69,11 +66,11 @@ def find_compiler() -> Path | None:
 
 
 def best_isa() -> str:
-    """The best instruction set that this processor has and that the kernels have proved themselves with."""
+    """The best instruction set that this processor has."""
     if platform.machine().lower() not in {"x86_64", "amd64"}:
         return "generic"
     flags = _processor_flags()
-    return next(isa for isa, needed in NEEDED.items() if needed <= flags and isa not in UNPROVEN)
+    return next(isa for isa, needed in NEEDED.items() if needed <= flags)
 
 
 def _processor_flags() -> frozenset[str]:

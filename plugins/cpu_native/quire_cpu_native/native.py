@@ -25,8 +25,8 @@ SIGNATURES: Mapping[str, str] = MappingProxyType(
         "linear": "ppppipiii",
         "rms_norm": "pppppiiff",
         "gated_act": "ppipiii",
-        "prepare": "pppippppppi",
-        "attention": "pppippppippi",
+        "prepare": "pppippppppppi",
+        "attention": "pppippppppippi",
         "codes_pack": "pppp",
         "codes_weight": "ppp",
         "codes_linear": "ppppipi",
@@ -84,9 +84,10 @@ class Native:
         if self.pool is None:
             raise RuntimeError(f"the system refuses to start {threads - 1} more threads")
 
-    def function(self, name: str, dtype: torch.dtype | None = None) -> Callable[..., Any]:
-        """A kernel for a dtype; its first argument, the pool, is given already."""
-        found = self._library[f"quire_{name}" if dtype is None else f"quire_{name}_{SUFFIXES[dtype]}"]
+    def function(self, name: str, dtype: torch.dtype | None = None, form: str = "") -> Callable[..., Any]:
+        """A kernel for a dtype, in a form if there are several; its first argument, the pool, is given already."""
+        parts = ("quire", name, form, "" if dtype is None else SUFFIXES[dtype])
+        found = self._library["_".join(part for part in parts if part)]
         found.restype, found.argtypes = None, [TYPES[letter] for letter in SIGNATURES[name]]
         return functools.partial(found, self.pool)
 

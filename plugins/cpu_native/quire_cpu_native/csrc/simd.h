@@ -10,11 +10,8 @@
 #define QUIRE_512 1
 #endif
 
-#if defined(QUIRE_SIMDE)  // the same intrinsics in portable C, to test paths that this machine lacks
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx2.h>
-#include <simde/x86/avx512.h>
-#include <simde/x86/fma.h>
+#if defined(QUIRE_SIMDE)
+#include "emulated.h"
 #elif defined(QUIRE_512) || defined(QUIRE_ISA_AVX2)
 #include <immintrin.h>
 #endif
@@ -99,11 +96,10 @@ static inline I field8_of16(I x, int shift) { return _mm512_and_si512(_mm512_srl
 // c + a.first * b.first + a.second * b.second of signed halves
 #if defined(QUIRE_ISA_AVX512BF16)  // which is taken together with VNNI
 static inline I add_products(I c, I a, I b) { return _mm512_dpwssd_epi32(c, a, b); }
-#elif defined(QUIRE_SIMDE)  // whose short name for it is wrong in 0.7.4
-static inline I add_products(I c, I a, I b) { return _mm512_add_epi32(c, simde_mm512_madd_epi16(a, b)); }
 #else
 static inline I add_products(I c, I a, I b) { return _mm512_add_epi32(c, _mm512_madd_epi16(a, b)); }
 #endif
+static inline V load(const int8_t* p) { return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 static inline V load(const half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 
 #elif defined(QUIRE_ISA_AVX2)
@@ -152,6 +148,7 @@ static inline V field8(I x, int shift) { return to_float(_mm256_and_si256(_mm256
 static inline I field4_of16(I x, int shift) { return _mm256_and_si256(_mm256_srli_epi16(x, shift), set1_int(0x000f000f)); }
 static inline I field8_of16(I x, int shift) { return _mm256_and_si256(_mm256_srli_epi16(x, shift), set1_int(0x00ff00ff)); }
 static inline I add_products(I c, I a, I b) { return _mm256_add_epi32(c, _mm256_madd_epi16(a, b)); }
+static inline V load(const int8_t* p) { return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
 static inline V load(const half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 
 #else  // whatever the compiler makes of arrays of eight
@@ -215,6 +212,7 @@ static inline I add_products(I c, I a, I b) {
         c.at[i] += (uint32_t)((int16_t)a.at[i] * (int16_t)b.at[i] + (int16_t)(a.at[i] >> 16) * (int16_t)(b.at[i] >> 16));
     return c;
 }
+static inline V load(const int8_t* p) { return lanes([=](int i) { return (float)p[i]; }); }
 static inline V load(const half* p) { return lanes([=](int i) { return to_float(p[i]); }); }
 
 #endif
