@@ -81,6 +81,7 @@ sys.path.insert(0, {folder!r})
 from test_attention import *
 from test_kernels import *
 from test_kits import *
+from test_sampler import *
 """
 """The other files of this folder, with the kernels built in another way."""
 
