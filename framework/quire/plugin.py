@@ -46,6 +46,7 @@ from quire.contract.ops import (
     RMSNormOp,
     RMSNormSpec,
     elementwise,
+    mixture,
     torch_linear,
 )
 from quire.contract.parsing import (
@@ -203,6 +204,7 @@ __all__ = [
     "hookimpl",
     "in_cache_dtype",
     "kv_cache_dtype",
+    "mixture",
     "quantize_kv",
     "seeded_uniform",
     "split_qkv",

@@ -4,13 +4,12 @@ import pytest
 import torch
 from kit_faults.layers import Wrong, forgets_residual
 from quire.contract import ops as contract_ops
-from quire.plugin import DeviceInit, LinearSpec, OpSpec, torch_linear
+from quire.plugin import DeviceInit, LinearSpec, OpSpec, mixture, torch_linear
 from quire.testing.device import DeviceConformance
 from quire.testing.op import OpConformance
 from quire_cpu_ref import device as device_module
 from quire_cpu_ref.device import CpuDevice, CpuOptions
 from quire_cpu_ref.linear import PackedLinear, packs_well
-from quire_cpu_ref.moe import route
 from quire_cpu_ref.ops import TorchOps
 
 
@@ -95,7 +94,14 @@ def test_a_container_limit_is_respected(tmp_path, monkeypatch):
     assert CpuDevice(DeviceInit()).memory().total > 2**30
 
 
-def test_routing_weights():
-    weights, experts = route(torch.tensor([[0.0, 2.0, 1.0]]), 2, True)
-    assert experts.tolist() == [[1, 2]]
-    assert float(weights.sum()) == pytest.approx(1.0)
+def test_experts_are_weighted_by_their_probabilities_and_run_once():
+    logits, calls = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]]), []
+
+    def expert(number, rows):
+        calls.append((number, rows[:, 0].tolist()))
+        return torch.full_like(rows, 10.0**number)
+
+    out = mixture(torch.tensor([[1.0], [2.0]]), logits, 2, renormalize=True, expert=expert)
+    assert calls == [(0, [2.0]), (1, [1.0]), (2, [1.0, 2.0])]
+    share = torch.sigmoid(torch.tensor([1.0, 2.0]))  # of two logits one and two apart
+    torch.testing.assert_close(out[:, 0], share * torch.tensor([10.0, 1.0]) + (1 - share) * 100)

@@ -136,12 +136,15 @@ def test_a_capture_that_fails_is_told_once_and_the_rest_runs_eagerly(make, caplo
     assert tokens(graphed) == tokens(plain)
 
 
-def test_what_cannot_run_inside_a_graph_is_named(make, caplog):
-    """Experts are chosen on the host, by plain torch."""
+@pytest.mark.parametrize(("quantization", "culprit"), [(None, "op moe of"), ("int8", "the model cannot run inside")])
+def test_what_cannot_run_inside_a_graph_is_named(make, caplog, quantization, culprit):
+    """Experts are chosen on the host, by plain torch; quantized ones by the model."""
+    options = {} if quantization is None else {"ops": {"quant_linear": "dequant", "default": "torch"}}
+    options |= {"quantization": quantization, "plugin_options": {"int8": {"group_size": 16}}}
     with caplog.at_level("INFO"):
-        _, recorder = make("qwen3_moe")
+        _, recorder = make("qwen3_moe", **options)
     assert not recorder.kept
-    assert "op moe of" in caplog.text
+    assert culprit in caplog.text
 
 
 def test_what_steps_take_is_left_out_of_the_pool(make, monkeypatch):

@@ -71,7 +71,11 @@ def blind(monkeypatch):
 
 def test_an_op_set_that_is_named_is_used_and_told(folder, tmp_path):
     (tmp_path / "quire.yaml").write_text(f"model: {{path: {folder}}}\nplugins: {{ops: {{quant_linear: dequant}}}}\n")
-    text = explain("-c", str(tmp_path / "quire.yaml"), []).stdout
+    file = ["-c", str(tmp_path / "quire.yaml")]
+    answer = explain(*file, [])
+    assert explain(file).stdout == answer.stdout  # behind the command as well as before it
+    assert "`--ops quant_linear=NAME`" in answer.stderr
+    text = answer.stdout
     (line,) = [line for line in text.splitlines() if "o_proj" in line]
     assert "quant:dequant" in line
     assert "it stands first, or was asked for by name" in line

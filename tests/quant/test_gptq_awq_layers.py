@@ -86,6 +86,21 @@ def test_a_symmetric_header_over_asymmetric_zeros_is_not_believed(caplog):
     assert "not all equal although sym is true" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({}, True),
+        ({"meta": {"quantizer": ["autogptq:0.7"]}}, True),
+        ({"meta": {"quantizer": ["gptqmodel:7.7"]}}, False),
+        ({"checkpoint_format": "gptq_v2"}, False),
+        ({"sym": True}, False),
+    ],
+)
+def test_zero_points_that_old_tools_may_have_spoiled_are_told(changes, warned, caplog):
+    GPTQMethod(QuantInit({"bits": 4, "group_size": 32, "sym": False} | changes, {}, CPU, torch.float32))
+    assert ("spoiled" in caplog.text and "take a checkpoint in the form gptq_v2" in caplog.text) == warned
+
+
 @pytest.mark.parametrize("size", [128, 64, 32, -1])
 def test_awq_layouts(size):
     layer = random_layer(256, 32, 4, size)
@@ -179,8 +194,8 @@ def test_refusals_that_need_the_tensors():
                 loaded(GPTQMethod, GOOD, biased, 64, 32)
         else:
             loaded(GPTQMethod, GOOD, biased, 64, 32)
-    with pytest.raises(UnsupportedModel, match=r"experts\.0.*unquantized only"):
-        GPTQMethod(QuantInit(GOOD, {"model.mlp.experts.0.up_proj.qweight": ((), torch.int32)}, CPU, torch.float32))
+    with pytest.raises(UnsupportedModel, match=r"all experts of a layer.*one by one.*take a checkpoint with"):
+        GPTQMethod(QuantInit(GOOD, {"model.mlp.experts.gate_up_proj.qweight": ((), torch.int32)}, CPU, torch.float32))
 
 
 class TestInt4PackOps(OpConformance):

@@ -1,6 +1,7 @@
 """`quire quantize`: what it writes loads again and means what the report says; a killed run is taken up."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from quire.cli.app import app
 from quire.commands import resolve_checkpoint
 from quire.testing.tiny_models import make_checkpoint
 from quire_quant.card import REPORT
+from quire_quant.command import bar
 from quire_quant.layer import Recipe
 from quire_quant.produce import PROGRESS, produce
 from quire_quant.walk import Walk
@@ -219,6 +221,19 @@ def test_the_command(tmp_path):
         [[{"role": "user", "content": "What is 27+45?"}]], SamplingParams(temperature=0), use_tqdm=False
     )
     assert "72" in reply.outputs[0].text
+
+
+def test_the_bar_counts_layers_and_estimates_the_time_left(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("TTY_INTERACTIVE", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    with bar() as show:
+        for done in range(3):
+            show(done, 4, f"layer {done}")
+    plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", capsys.readouterr().err)
+    assert "layer 2" in plain
+    assert "2/4" in plain
+    assert re.search(r"\d:\d\d:\d\d", plain)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from quire.commands import resolve_checkpoint
-from quire.testing.tiny_models import make_checkpoint
+from quire.testing.tiny_models import make_checkpoint, reference_model
 from quire_quant.layer import Recipe
 from quire_quant.produce import produce
 from safetensors.torch import load_file, save_file
@@ -41,6 +41,26 @@ def test_errors_of_layers_are_ordered_on_random_models(architecture, tmp_path):
     means = mean_errors(correlated(architecture, tmp_path / "plain"), tmp_path, ROWS, 3, 32)
     assert means["gptq"] < 0.95 * means["awq"], means
     assert means["awq"] < means["rtn"], means
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [2, 3])
+def test_perplexity_is_ordered_on_text_that_the_model_writes(bits, tmp_path):
+    """No other model can have a lower one there, in the mean; the bundled model was trained on answers alone."""
+    source = correlated("llama", tmp_path / "plain")
+    starts = torch.randint(3, 300, (48, 1), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    rows = reference_model(source.folder).generate(
+        starts, attention_mask=torch.ones_like(starts), do_sample=True, top_k=0, max_new_tokens=63, eos_token_id=None
+    )
+    reports = {
+        method: produce(source, tmp_path / method, Recipe(method, bits, 32, sym=method == "gptq"), rows)
+        for method in ("gptq", "awq", "rtn")
+    }
+    before = reports["gptq"].perplexity_before
+    lost = {name: report.perplexity_after - before for name, report in reports.items()}
+    assert 0 < lost["gptq"] < lost["awq"] < 0.6 * lost["rtn"], lost
+    assert lost["gptq"] < 0.15 * before
 
 
 @pytest.mark.slow

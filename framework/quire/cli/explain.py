@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,9 +26,12 @@ def explain(
     context: typer.Context,
     point: Annotated[str, typer.Argument(metavar="POINT", help="Such as attention.")],
     model: Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="For which model.")] = None,
+    file: Annotated[Path | None, typer.Option("-c", "--config", metavar="FILE", help="As before the command.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Say why each candidate for an extension point was or was not chosen."""
+    if file is not None:
+        context.obj = replace(context.obj, config=file)
     session = open_session(context, {} if model is None else {"model": model})
     config = session.configured.config
     session.host.providers(point)  # an unknown point is the first thing to say
@@ -51,6 +55,7 @@ def explain(
             ("LAYERS", "", "WEIGHT", "MULTIPLIED BY", "BECAUSE"),
             [(row.layers, str(row.count), row.form, row.op or "the method itself", _because(row)) for row in layers],
         )
+        note("another op set is named by `--ops quant_linear=NAME`, or plugins.ops.quant_linear in the configuration")
 
 
 def _layers(session: Session) -> list[LayerChoice]:

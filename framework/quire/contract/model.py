@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,10 @@ class LayerFactory(ABC):
         """Whether these layers of one input may be held as one, as `QuantMethod.may_fuse` says."""
         return True
 
+    def quantizes(self, spec: LinearSpec) -> bool:
+        """Whether `quant_linear` would give a quantized form of this layer; nothing is built that lasts."""
+        return self.quant_linear(spec, (spec,)) is not None
+
 
 def no_stored_rows(name: str) -> None:
     """Weights that come from elsewhere than files."""
@@ -93,7 +97,7 @@ class ModelInit:
 class CausalLM(nn.Module, ABC):
     """A decoder. Built on the meta device; weights arrive by name, then `finalize` packs them."""
 
-    graph: ClassVar[GraphSupport] = GraphSupport.NEVER
+    graph: GraphSupport = GraphSupport.NEVER
     """Which batches `forward` can run inside a captured graph, beside what attention and operations allow."""
 
     attention_layers: tuple[AttentionLayer, ...]

@@ -142,6 +142,32 @@ def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return out.view(x.shape)
 
 
+def mixture(
+    x: Tensor, router_logits: Tensor, top_k: int, *, renormalize: bool, expert: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """Experts' outputs, weighted by their probabilities: a softmax over all of them, of which the `top_k` best count.
+
+    Outputs are summed in the order of a token's choices, so that the order of experts cannot matter. Which experts
+    are chosen is read back by the host: not for captured graphs.
+
+    Args:
+        x: [T, H]. router_logits: [T, E]. renormalize: weights of the chosen are scaled to sum to one.
+        expert: (its number, rows [R, H] of x) -> [R, H]; called once for each that is chosen at all.
+    """
+    weights, experts = functional.softmax(router_logits.float(), -1).topk(top_k, -1)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    weights = weights.to(x.dtype)
+    outputs = x.new_zeros(x.shape[0], top_k, x.shape[1])
+    for number in sorted(set(experts.flatten().tolist())):
+        tokens, choices = (experts == number).nonzero(as_tuple=True)
+        outputs[tokens, choices] = expert(number, x[tokens]) * weights[tokens, choices, None]
+    total = outputs[:, 0]
+    for choice in range(1, top_k):
+        total = total + outputs[:, choice]
+    return total
+
+
 WIDENED_ROWS = 4
 """Rows from which on `torch_linear` goes through float32; fewer are read faster as they are."""
 WIDENED_ELEMENTS = 1 << 20

@@ -59,6 +59,9 @@ class _Watching(LayerFactory):
     def may_fuse(self, sources: tuple[LinearSpec, ...]) -> bool:
         return self._layers.may_fuse(sources)
 
+    def quantizes(self, spec: LinearSpec) -> bool:
+        return self._layers.quantizes(spec)
+
     def quant_linear(self, spec: LinearSpec, sources: tuple[LinearSpec, ...]) -> QuantLinear | None:
         made = self._layers.quant_linear(spec, sources)
         self.linears.append((spec, made))

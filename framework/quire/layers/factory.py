@@ -89,6 +89,9 @@ class PluginLayers(LayerFactory):
             self._quantized = min(self._quantized, quantized.graph)
         return quantized
 
+    def quantizes(self, spec: LinearSpec) -> bool:
+        return self._quantization is not None and self._quantization.linear(spec, (spec,)) is not None
+
     @property
     def graph_support(self) -> dict[str, GraphSupport]:
         """What was handed out -> the graphs it can run in."""

@@ -19,7 +19,7 @@ from quire.contract.ops import Activation, elementwise
 from quire.layers.attention import Attention, AttentionNames, AttentionStyle
 from quire.layers.basic import Embedding, GatedMLP, Head, RMSNorm
 from quire.layers.linear import Source
-from quire.layers.moe import ExpertNames, ExpertSizes, SparseMLP
+from quire.layers.moe import ExpertNames, ExpertSizes, QuantizedSparseMLP, sparse_mlp
 from quire.layers.rotary import RopeConfig, Rotary
 from quire.layers.weights import WeightTable
 
@@ -90,8 +90,6 @@ def attention_layers(config: DecoderConfig) -> tuple[AttentionLayer, ...]:
 class Decoder(CausalLM):
     """See the module's docstring."""
 
-    graph = GraphSupport.ANY
-
     def __init__(self, init: ModelInit) -> None:
         super().__init__()
         config: DecoderConfig = init.config
@@ -103,6 +101,7 @@ class Decoder(CausalLM):
         self._embedding = Embedding(init, table, "model.embed_tokens", config.vocab_size, config.hidden_size)
         self._ropes = {name: Rotary(rope, init.max_model_len, init.device) for name, rope in config.ropes.items()}
         self._layers = [DecoderLayer(init, table, layer) for layer in self.attention_layers]
+        self.graph = min((layer.graph for layer in self._layers), default=GraphSupport.ANY)
         self._norm = RMSNorm(init, table, "model.norm", config.hidden_size, config.norm_eps, config.norm_offset)
         sizes = (config.vocab_size, config.hidden_size)
         self._head = Head(init, table, self._embedding, sizes, tied=config.tied)
@@ -163,6 +162,7 @@ class DecoderLayer:
         else:
             self._mlp_norm = norm("post_attention_layernorm")
         self._mlp = _mlp(init, table, layer.layer_id, prefix)
+        self.graph = GraphSupport.NEVER if isinstance(self._mlp, QuantizedSparseMLP) else GraphSupport.ANY
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, rotary: tuple[Tensor, Tensor], ctx: StepContext
@@ -198,7 +198,7 @@ def _attention(init: ModelInit, table: WeightTable, layer: AttentionLayer, prefi
 def _mlp(init: ModelInit, table: WeightTable, index: int, prefix: str) -> Callable[[Tensor], Tensor]:
     config: DecoderConfig = init.config
     if config.experts is not None and index in config.sparse_layers:
-        return SparseMLP(init, table, _expert_names(config.expert_names, prefix), config.experts)
+        return sparse_mlp(init, table, _expert_names(config.expert_names, prefix), config.experts)
     inner = config.intermediate_size
     if config.fused_names:
         gate_up = [Source(f"{prefix}.mlp.gate_up_proj", 2 * inner)]

@@ -17,7 +17,7 @@ from quire.plugin import GraphSupport, LinearSpec, QuantInit, QuantLinear, Quant
 from torch import Tensor
 
 from quire_quant.codes import per_column
-from quire_quant.linear import SHAPES, refuse_experts
+from quire_quant.linear import SHAPES, refuse_stacked_experts
 from quire_quant.rows import multiply
 from quire_quant.scaled_mm import facts_of, why_not
 
@@ -46,7 +46,7 @@ class FP8Method(QuantMethod):
 
     def __init__(self, init: QuantInit) -> None:
         super().__init__(init)
-        refuse_experts(name for name, (_, dtype) in init.stored.items() if dtype is torch.float8_e4m3fn)
+        refuse_stacked_experts(name for name, (_, dtype) in init.stored.items() if dtype is torch.float8_e4m3fn)
         self.block = _block(init.config.get("weight_block_size"))
 
     def may_fuse(self, sources: tuple[LinearSpec, ...]) -> bool:

@@ -80,7 +80,8 @@ class GPTQMethod(CheckpointMethod):
         self._rules: Mapping[str, Mapping[str, Any]] = config.get("dynamic") or config.get("extra_config") or {}
         if not self._base.sym and self.is_v1 and "gptqmodel" not in str(config.get("meta")):
             logger.warning(
-                "asymmetric GPTQ in its first form: where a zero point is 0, old tools spoiled the fields beside it"
+                "asymmetric GPTQ in its first form: where a zero point is 0, old tools spoiled the fields beside it; "
+                "if the model answers badly, take a checkpoint in the form gptq_v2"
             )
 
     def settings(self, name: str) -> LayerSettings:

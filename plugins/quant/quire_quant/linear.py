@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from quire_quant.codes import Codes, Form
 
 logger = logging.getLogger(__name__)
 
+ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 SHAPES = ((256, 96), (384, 32), (128, 1504))
 """(inputs, outputs) of the conformance kit's layers: whole words and groups of 128."""
 
@@ -120,7 +122,7 @@ class CheckpointMethod(QuantMethod):
     def __init__(self, init: QuantInit) -> None:
         super().__init__(init)
         self._told: set[str] = set()
-        refuse_experts(name for name in init.stored if name.endswith(f".{self.marker}"))
+        refuse_stacked_experts(name for name in init.stored if name.endswith(f".{self.marker}"))
 
     def is_quantized(self, source: LinearSpec) -> bool:
         """Whether the checkpoint stores the layer in quantized form."""
@@ -154,13 +156,13 @@ class CheckpointMethod(QuantMethod):
                     )
 
 
-def refuse_experts(quantized: Iterable[str]) -> None:
-    """Raises UnsupportedModel if one of these tensors belongs to an expert."""
-    experts = [name for name in quantized if ".experts." in name]
-    if experts:
+def refuse_stacked_experts(quantized: Iterable[str]) -> None:
+    """Raises UnsupportedModel if one of these tensors holds several experts: each is read by itself."""
+    stacked = [name for name in quantized if ".experts." in name and not ONE_EXPERT.search(name)]
+    if stacked:
         raise UnsupportedModel(
-            f"{experts[0]} is an expert in quantized form; experts are read unquantized only",
-            remedy="take a checkpoint whose experts are not quantized, or a dense model",
+            f"{stacked[0]} holds all experts of a layer in quantized form; experts are read one by one only",
+            remedy="take a checkpoint with tensors for each expert, or one whose experts are not quantized",
         )
 
 

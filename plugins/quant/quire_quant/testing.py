@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
-LINEARS = ("_proj.weight", "lm_head.weight")
+LINEARS = ("_proj.weight", "lm_head.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 
 
 def _signed(word: int) -> int:

@@ -7,7 +7,7 @@
 namespace quire {
 namespace {
 
-constexpr int64_t FEW = 6;  // rows up to which weights are widened in registers, tile by tile
+constexpr int64_t FEW = 64;  // rows up to which weights are widened in registers, and read in pieces
 
 int64_t packed_inputs(int64_t inputs, bool pairs) { return pairs ? (inputs + 1) / 2 * 2 : inputs; }
 
@@ -48,14 +48,9 @@ void few_rows(const T* w, const X* x, int64_t ldx, int64_t inputs, int64_t rows,
               int64_t columns, const T* bias) {
     constexpr int ALL = PANEL / W;
     constexpr int HALF = W == 16 ? ALL : ALL / 2, QUARTER = W == 16 ? ALL : ALL / 4;
-    switch (rows) {
-        case 1: return panel_rows<T, T, 1, ALL>(w, PANEL, x, ldx, inputs, rows, out, ldo, columns, bias, ALL);
-        case 2: return panel_rows<T, T, 2, HALF>(w, PANEL, x, ldx, inputs, rows, out, ldo, columns, bias, ALL);
-        case 3: return panel_rows<T, T, 3, HALF>(w, PANEL, x, ldx, inputs, rows, out, ldo, columns, bias, ALL);
-        case 4: return panel_rows<T, T, 4, QUARTER>(w, PANEL, x, ldx, inputs, rows, out, ldo, columns, bias, ALL);
-        case 5: return panel_rows<T, T, 5, QUARTER>(w, PANEL, x, ldx, inputs, rows, out, ldo, columns, bias, ALL);
-        default: return panel_rows<T, T, 6, QUARTER>(w, PANEL, x, ldx, inputs, rows, out, ldo, columns, bias, ALL);
-    }
+    if (rows == 1) return panel_in_pieces<T, T, 1, ALL, 1>(w, x, ldx, inputs, rows, out, ldo, columns, bias);
+    if (rows == 2) return panel_in_pieces<T, T, 2, HALF, 2>(w, x, ldx, inputs, rows, out, ldo, columns, bias);
+    panel_in_pieces<T, T, 6, QUARTER, FEW>(w, x, ldx, inputs, rows, out, ldo, columns, bias);
 }
 
 // [inputs][2 * W] floats of some columns of a panel
@@ -71,7 +66,7 @@ void expand(const bf16* w, float* to, int64_t inputs) {
         }
 }
 
-// Two vectors of columns are widened once, for all rows.
+// Two vectors of columns are widened once, for all rows, and all of their inputs stay near.
 template <class T>
 void many_rows(const T* w, const float* x, int64_t ldx, int64_t inputs, int64_t rows, T* out, int64_t ldo,
                int64_t columns, const T* bias, Scratch& scratch) {

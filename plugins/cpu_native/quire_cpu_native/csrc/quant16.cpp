@@ -9,6 +9,7 @@
 namespace quire {
 namespace {
 
+constexpr int MANY = W == 16 ? 8 : 5;  // rows of a tile: as many as the registers hold sums
 constexpr int64_t SPAN = 256;  // 255 · 32767 · 256 < 2^31
 
 // Which inputs of a word meet in one product: bits 0 and 16 of it, then those of the next shift.
@@ -87,8 +88,71 @@ static inline I pair_at(const int16_t* x) {
     return set1_int(both);
 }
 
+template <int BITS>
+static inline I code_of(I word, int i) { return BITS == 4 ? field4_of16(word, 4 * i) : field8_of16(word, 8 * i); }
+
+// Two vectors of columns of a panel, their codes as numbers of 16 bits: [depth / 2][2 vectors][W][2 inputs].
+struct Wide {
+    const int16_t* codes;
+};
+
+template <int BITS, class Scale>
+Wide expand(const Columns<BITS, Scale>& c, int16_t* to) {
+    for (int64_t w = 0; w < c.groups * c.words; w++)
+        for (int v = 0; v < 2; v++) {
+            I word = load_int(c.word(0, w, v));
+            for (int i = 0; i < c.WORD / 2; i++) {
+                I code = code_of<BITS>(word, i);
+                memcpy(to + ((w * c.WORD / 2 + i) * 2 + v) * 2 * W, &code, sizeof code);
+            }
+        }
+    return Wide{to};
+}
+
+// Adds words `begin` to `end` - 1, counted from the first group on, of MB rows from `x` on.
 template <int BITS, class Scale, int MB, int NV>
-void tile(const Columns<BITS, Scale>& c, const Spans& spans, const Rows& x, int64_t row, V acc[MB][NV]) {
+static inline void add_words(const Columns<BITS, Scale>&, Wide wide, const int16_t* x, int64_t ldx, int64_t begin,
+                             int64_t end, I sums[MB][NV]) {
+    static_assert(NV == 2);
+    constexpr int PAIRS = 16 / BITS;
+    for (int64_t k = begin * PAIRS; k < end * PAIRS; k++) {
+        I first = load_int(wide.codes + 4 * k * W), second = load_int(wide.codes + (4 * k + 2) * W);
+        for (int m = 0; m < MB; m++) {
+            I both = pair_at(x + m * ldx + 2 * k);
+            sums[m][0] = add_products(sums[m][0], first, both);
+            sums[m][1] = add_products(sums[m][1], second, both);
+        }
+    }
+}
+
+// The same from the codes themselves, for rows too few to be worth their expansion.
+struct Packed {};
+template <int BITS, class Scale, int MB, int NV>
+static inline void add_words(const Columns<BITS, Scale>& c, Packed, const int16_t* x, int64_t ldx, int64_t begin,
+                             int64_t end, I sums[MB][NV]) {
+    constexpr int PAIRS = 16 / BITS;
+    for (int64_t w = begin; w < end; w++) {
+        I word[NV];
+        for (int v = 0; v < NV; v++) {
+            word[v] = load_int(c.word(0, w, v));
+#if defined(__GNUC__)
+            __builtin_prefetch(c.word(0, w, v) + 4096);
+#endif
+        }
+        for (int i = 0; i < PAIRS; i++) {
+            I both[MB];
+            for (int m = 0; m < MB; m++) both[m] = pair_at(x + m * ldx + 2 * (w * PAIRS + i));
+            for (int v = 0; v < NV; v++) {
+                I code = code_of<BITS>(word[v], i);
+                for (int m = 0; m < MB; m++) sums[m][v] = add_products(sums[m][v], code, both[m]);
+            }
+        }
+    }
+}
+
+template <int BITS, class Scale, class Source, int MB, int NV>
+static inline void tile(const Columns<BITS, Scale>& c, Source source, const Spans& spans, const Rows& x, int64_t row,
+                        V acc[MB][NV]) {
     const int16_t* values = x.values + row * x.depth;
     for (int64_t g = 0; g < c.groups; g++) {
         V group[MB][NV] = {};
@@ -96,21 +160,8 @@ void tile(const Columns<BITS, Scale>& c, const Spans& spans, const Rows& x, int6
             I sums[MB][NV];
             for (int m = 0; m < MB; m++)
                 for (int v = 0; v < NV; v++) sums[m][v] = zero_int();
-            for (int64_t w = s * spans.words; w < std::min(c.words, (s + 1) * spans.words); w++) {
-                const int16_t* at = values + (g * c.words + w) * c.WORD;
-                for (int v = 0; v < NV; v++) {
-                    const uint8_t* place = c.word(g, w, v);
-#if defined(__GNUC__)
-                    __builtin_prefetch(place + 4096);
-#endif
-                    I word = load_int(place);
-                    for (int i = 0; i < c.WORD / 2; i++) {
-                        I code = BITS == 4 ? field4_of16(word, 4 * i) : field8_of16(word, 8 * i);
-                        for (int m = 0; m < MB; m++)
-                            sums[m][v] = add_products(sums[m][v], code, pair_at(at + m * x.depth + 2 * i));
-                    }
-                }
-            }
+            int64_t begin = g * c.words + s * spans.words, end = g * c.words + std::min(c.words, (s + 1) * spans.words);
+            add_words<BITS, Scale, MB, NV>(c, source, values, x.depth, begin, end, sums);
             for (int m = 0; m < MB; m++) {
                 int64_t at = (row + m) * x.spans + g * spans.count + s;
                 V scale = set1(x.scales[at]), sum = set1(x.sums[at]);
@@ -123,13 +174,44 @@ void tile(const Columns<BITS, Scale>& c, const Spans& spans, const Rows& x, int6
     }
 }
 
+// What a task computes: rows of x times the columns of a panel.
+struct Part {
+    const Codes& codes;
+    const Spans& spans;
+    const Rows& x;
+    int64_t panel, row;
+    bf16* out;
+    const bf16* bias;
+};
+
+// MB rows times NV vectors of columns from `first` on.
+template <int BITS, class Scale, int MB, int NV, class Source>
+void product(const Part& p, const Columns<BITS, Scale>& c, Source source, int64_t row, int64_t first) {
+    const Codes& codes = p.codes;
+    V acc[MB][NV] = {};
+    tile<BITS, Scale, Source, MB, NV>(c, source, p.spans, p.x, row, acc);
+    int64_t column = p.panel * PANEL + first;
+    emit<bf16, MB, NV>(acc, p.out + row * codes.outputs + column, codes.outputs, codes.outputs - column,
+                       p.bias ? p.bias + column : nullptr);
+}
+
 template <int BITS, class Scale, int MB, int NV>
-void strip(const Codes& c, int64_t panel, const Spans& spans, const Rows& x, int64_t row, bf16* out, const bf16* bias) {
-    int64_t columns = std::min<int64_t>(PANEL, c.outputs - panel * PANEL);
-    for (int first = 0; first < PANEL / W && first * W < columns; first += NV) {
-        V acc[MB][NV] = {};
-        tile<BITS, Scale, MB, NV>(Columns<BITS, Scale>(c, panel, first * W), spans, x, row, acc);
-        emit<bf16, MB, NV>(acc, out + first * W, c.outputs, columns - first * W, bias ? bias + first * W : nullptr);
+void few_rows(const Part& p, int64_t columns) {
+    for (int64_t first = 0; first < columns; first += NV * W)
+        product<BITS, Scale, MB, NV>(p, Columns<BITS, Scale>(p.codes, p.panel, first), Packed{}, p.row, first);
+}
+
+template <int BITS, class Scale>
+void many_rows(const Part& p, int64_t count, int64_t columns, Scratch& scratch) {
+    int16_t* to = (int16_t*)scratch.floats(p.codes.depth() * W);
+    for (int64_t first = 0; first < columns; first += 2 * W) {
+        Columns<BITS, Scale> c(p.codes, p.panel, first);
+        Wide wide = expand(c, to);
+        for (int64_t row = p.row, left = count; left > 0;) {
+            int64_t size = even_share(left, MANY);
+            with_rows<MANY>(size, [&](auto rows) { product<BITS, Scale, rows.value, 2>(p, c, wide, row, first); });
+            row += size, left -= size;
+        }
     }
 }
 
@@ -139,14 +221,16 @@ void multiply(Pool& pool, const Codes& c, const bf16* bias, const bf16* x, int64
     Spans spans(c);
     int64_t parts = std::min<int64_t>(std::max<int64_t>(1, 4 * pool.threads() / c.panels()), (rows + 23) / 24);
     int64_t step = (rows + parts - 1) / parts;
-    pool.run(c.panels() * parts, [=, &c, &spans, &rounded](int64_t task, Scratch&) {
-        int64_t panel = task / parts, row = task % parts * step, end = std::min(rows, row + step);
-        const bf16* part = bias ? bias + panel * PANEL : nullptr;
-        constexpr int FEW = W == 16 ? 4 : 2;
-        auto to = [&](int64_t r) { return out + r * c.outputs + panel * PANEL; };
-        for (; row + 4 <= end; row += 4) strip<BITS, Scale, 4, FEW>(c, panel, spans, rounded, row, to(row), part);
-        for (; row + 2 <= end; row += 2) strip<BITS, Scale, 2, 4>(c, panel, spans, rounded, row, to(row), part);
-        for (; row < end; row++) strip<BITS, Scale, 1, 4>(c, panel, spans, rounded, row, to(row), part);
+    pool.run(c.panels() * parts, [=, &c, &spans, &rounded](int64_t task, Scratch& scratch) {
+        int64_t panel = task / parts, row = task % parts * step, count = std::min(step, rows - row);
+        int64_t columns = std::min<int64_t>(PANEL, c.outputs - panel * PANEL);
+        Part p{c, spans, rounded, panel, row, out, bias};
+        if (count <= 0) return;
+        if (count == 1) return few_rows<BITS, Scale, 1, 4>(p, columns);
+        if (count == 2) return few_rows<BITS, Scale, 2, 4>(p, columns);
+        if (count == 3) return few_rows<BITS, Scale, 3, 2>(p, columns);
+        if (count == 4) return few_rows<BITS, Scale, 4, 2>(p, columns);
+        many_rows<BITS, Scale>(p, count, columns, scratch);
     });
 }
 

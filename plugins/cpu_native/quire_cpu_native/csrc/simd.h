@@ -157,7 +157,16 @@ static inline V field4(I x, int shift) { return to_float(_mm256_and_si256(_mm256
 static inline V field8(I x, int shift) { return to_float(_mm256_and_si256(_mm256_srli_epi32(x, shift), set1_int(255))); }
 static inline I field4_of16(I x, int shift) { return _mm256_and_si256(_mm256_srli_epi16(x, shift), set1_int(0x000f000f)); }
 static inline I field8_of16(I x, int shift) { return _mm256_and_si256(_mm256_srli_epi16(x, shift), set1_int(0x00ff00ff)); }
+#if defined(__GNUC__)
+// As one piece: a compiler that sees two operations multiplies everything before it adds, and runs out of registers.
+static inline I add_products(I c, I a, I b) {
+    I products;
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(c), "=&x"(products) : "x"(a), "x"(b));
+    return c;
+}
+#else
 static inline I add_products(I c, I a, I b) { return _mm256_add_epi32(c, _mm256_madd_epi16(a, b)); }
+#endif
 static inline I low_nibbles(I x) { return _mm256_and_si256(x, set1_int(0x0f0f0f0f)); }
 static inline I high_nibbles(I x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
 static inline I add_byte_products(I c, I a, I b) { return _mm256_add_epi16(c, _mm256_maddubs_epi16(a, b)); }

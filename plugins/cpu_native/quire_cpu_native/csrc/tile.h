@@ -1,47 +1,58 @@
 // Output tiles in registers: MB rows of x times NV vectors of columns. Each output is one chain of additions over the
 // inputs in their order, whatever the tile, so that a row's bits do not depend on how many rows there are.
 #pragma once
+#include <type_traits>
+
 #include "simd.h"
 
 namespace quire {
 
 constexpr int PANEL = 64;  // output columns that are packed together
+constexpr int DEPTH = 64;  // inputs after which the next columns of a panel have their turn
+constexpr int AHEAD = 2 * DEPTH;  // inputs by which weights are fetched early
+
+// Adds value(m) · column(v) to every sum of a tile, holding the fewer of the two in registers beside the sums.
+template <int MB, int NV, class Value, class Column>
+static inline void add_outer(V acc[MB][NV], const Value& value, const Column& column) {
+    if constexpr (MB < NV) {
+        V held[MB];
+        for (int m = 0; m < MB; m++) held[m] = value(m);
+        for (int v = 0; v < NV; v++) {
+            V one = column(v);
+            for (int m = 0; m < MB; m++) acc[m][v] = fma(held[m], one, acc[m][v]);
+        }
+    } else {
+        V held[NV];
+        for (int v = 0; v < NV; v++) held[v] = column(v);
+        for (int m = 0; m < MB; m++) {
+            V one = value(m);
+            for (int v = 0; v < NV; v++) acc[m][v] = fma(one, held[v], acc[m][v]);
+        }
+    }
+}
 
 // w: float, rows of inputs `stride` apart.
 template <int MB, int NV>
 static inline void tile(const float* w, int64_t stride, const float* x, int64_t ldx, int64_t inputs, V acc[MB][NV]) {
-    for (int64_t k = 0; k < inputs; k++) {
-        V column[NV];
-        for (int v = 0; v < NV; v++) column[v] = load(w + k * stride + v * W);
-        for (int m = 0; m < MB; m++) {
-            V value = set1(x[m * ldx + k]);
-            for (int v = 0; v < NV; v++) acc[m][v] = fma(value, column[v], acc[m][v]);
-        }
-    }
+    for (int64_t k = 0; k < inputs; k++)
+        add_outer<MB, NV>(
+            acc, [&](int m) { return set1(x[m * ldx + k]); }, [&](int v) { return load(w + k * stride + v * W); });
 }
 
 // w: bf16 in pairs of inputs, [inputs / 2][PANEL][2]; the last pair is padded with zeros.
 template <int MB, int NV>
 static inline void tile(const bf16* w, int64_t stride, const float* x, int64_t ldx, int64_t inputs, V acc[MB][NV]) {
-    for (int64_t k = 0; k + 1 < inputs; k += 2) {
+    for (int64_t k = 0; k < inputs; k += 2) {
         const bf16* pair = w + k * stride;
 #if defined(__GNUC__)
-        if (MB <= 2)
-            for (int v = 0; v < NV; v += 64 / (4 * W)) __builtin_prefetch(pair + 2 * v * W + 2048);
+        for (int v = 0; v < NV; v += 64 / (4 * W)) __builtin_prefetch(pair + 2 * v * W + AHEAD * PANEL);
 #endif
-        for (int v = 0; v < NV; v++) {
-            V first = first_of_pairs(pair + 2 * v * W), second = second_of_pairs(pair + 2 * v * W);
-            for (int m = 0; m < MB; m++) {
-                acc[m][v] = fma(set1(x[m * ldx + k]), first, acc[m][v]);
-                acc[m][v] = fma(set1(x[m * ldx + k + 1]), second, acc[m][v]);
-            }
-        }
-    }
-    if (inputs % 2 == 0) return;
-    const bf16* pair = w + (inputs - 1) * stride;
-    for (int v = 0; v < NV; v++) {
-        V first = first_of_pairs(pair + 2 * v * W);
-        for (int m = 0; m < MB; m++) acc[m][v] = fma(set1(x[m * ldx + inputs - 1]), first, acc[m][v]);
+        add_outer<MB, NV>(
+            acc, [&](int m) { return set1(x[m * ldx + k]); }, [&](int v) { return first_of_pairs(pair + 2 * v * W); });
+        if (k + 1 == inputs) return;
+        add_outer<MB, NV>(
+            acc, [&](int m) { return set1(x[m * ldx + k + 1]); },
+            [&](int v) { return second_of_pairs(pair + 2 * v * W); });
     }
 }
 
@@ -68,6 +79,21 @@ static inline void tile(const bf16* w, int64_t stride, const bf16* x, int64_t ld
 }
 #endif
 
+// Rows of the next tile where `left` rows are to be shared out evenly among tiles of at most `most`: small ones cost more.
+static inline int64_t even_share(int64_t left, int64_t most) {
+    int64_t tiles = (left + most - 1) / most;
+    return (left + tiles - 1) / tiles;
+}
+
+// Calls `work` with a number of rows, 1 to MOST, that the compiler knows: std::integral_constant<int, rows>.
+template <int MOST, class Work>
+static inline void with_rows(int64_t rows, const Work& work) {
+    if constexpr (MOST > 1) {
+        if (rows < MOST) return with_rows<MOST - 1>(rows, work);
+    }
+    work(std::integral_constant<int, MOST>{});
+}
+
 // Columns 0 to `columns` - 1 of the tile, plus bias, to out.
 template <class T, int MB, int NV>
 static inline void emit(V acc[MB][NV], T* out, int64_t ldo, int64_t columns, const T* bias) {
@@ -81,6 +107,42 @@ static inline void emit(V acc[MB][NV], T* out, int64_t ldo, int64_t columns, con
         }
 }
 
+template <int MB, int NV>
+static inline void copy(V (*to)[NV], const V (*from)[NV]) {
+    for (int m = 0; m < MB; m++)
+        for (int v = 0; v < NV; v++) to[m][v] = from[m][v];
+}
+
+// All columns of a panel, `rows` rows in tiles of MB at most; SUMS: rows that there may be. A few inputs at a time, so
+// that all columns of a piece of memory are used while it is near, and the next comes in meanwhile.
+template <class T, class Weight, int MB, int NV, int SUMS, class X>
+static inline void panel_in_pieces(const Weight* w, const X* x, int64_t ldx, int64_t inputs, int64_t rows, T* out,
+                                   int64_t ldo, int64_t columns, const T* bias) {
+    constexpr int per_column = sizeof(Weight) == 2 ? 2 : 1, strips = PANEL / W / NV;
+    V sums[strips][SUMS][NV];
+    for (int s = 0; s < strips; s++)
+        for (int64_t m = 0; m < rows; m++)
+            for (int v = 0; v < NV; v++) sums[s][m][v] = zero();
+    for (int64_t k = 0; k < inputs; k += DEPTH) {
+        int64_t depth = inputs - k < DEPTH ? inputs - k : DEPTH;
+        for (int s = 0; s < strips; s++)
+            for (int64_t m = 0; m < rows;) {
+                int64_t size = even_share(rows - m, MB);
+                with_rows<MB>(size, [&](auto few) {
+                    V acc[few.value][NV];
+                    copy<few.value, NV>(acc, sums[s] + m);
+                    tile<few.value, NV>(w + k * PANEL + s * NV * W * per_column, PANEL, x + m * ldx + k, ldx, depth, acc);
+                    copy<few.value, NV>(sums[s] + m, acc);
+                });
+                m += size;
+            }
+    }
+    for (int s = 0; s < strips && s * NV * W < columns; s++)
+        for (int64_t m = 0; m < rows; m++)
+            emit<T, 1, NV>(&sums[s][m], out + m * ldo + s * NV * W, ldo, columns - s * NV * W,
+                           bias ? bias + s * NV * W : nullptr);
+}
+
 // `rows` rows times the columns of one panel, tiles of MB rows at most and NV vectors.
 template <class T, class Weight, int MB, int NV, class X>
 static inline void panel_rows(const Weight* w, int64_t stride, const X* x, int64_t ldx, int64_t inputs, int64_t rows,
@@ -88,16 +150,15 @@ static inline void panel_rows(const Weight* w, int64_t stride, const X* x, int64
     constexpr int per_column = sizeof(Weight) == 2 ? 2 : 1;  // elements side by side
     for (int first = 0; first < vectors && first * W < columns; first += NV) {
         const Weight* part = w + first * W * per_column;
-        int64_t m = 0;
-        for (; m + MB <= rows; m += MB) {
-            V acc[MB][NV] = {};
-            tile<MB, NV>(part, stride, x + m * ldx, ldx, inputs, acc);
-            emit<T, MB, NV>(acc, out + m * ldo + first * W, ldo, columns - (int64_t)first * W, bias ? bias + first * W : nullptr);
-        }
-        for (; m < rows; m++) {
-            V acc[1][NV] = {};
-            tile<1, NV>(part, stride, x + m * ldx, ldx, inputs, acc);
-            emit<T, 1, NV>(acc, out + m * ldo + first * W, ldo, columns - (int64_t)first * W, bias ? bias + first * W : nullptr);
+        const T* further = bias ? bias + first * W : nullptr;
+        for (int64_t m = 0; m < rows;) {
+            int64_t size = even_share(rows - m, MB);
+            with_rows<MB>(size, [&](auto few) {
+                V acc[few.value][NV] = {};
+                tile<few.value, NV>(part, stride, x + m * ldx, ldx, inputs, acc);
+                emit<T, few.value, NV>(acc, out + m * ldo + first * W, ldo, columns - (int64_t)first * W, further);
+            });
+            m += size;
         }
     }
 }
