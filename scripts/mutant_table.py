@@ -57,6 +57,7 @@ DETOKENIZER = "framework/quire/tokenizer/detokenizer.py"
 
 CSRC = "plugins/cpu_native/quire_cpu_native/csrc"
 NATIVE_KITS, NATIVE = "tests/cpu_native/test_kits.py", "tests/cpu_native/test_kernels.py"
+NATIVE_SAMPLER = "tests/cpu_native/test_sampler.py"
 
 MUTANTS = (
     Mutant(
@@ -81,24 +82,45 @@ MUTANTS = (
         NATIVE_KITS,
     ),
     Mutant(
+        "native: a span of 8-bit inputs has the scale of the one before",
+        f"{CSRC}/quant8.cpp",
+        "at = row * all + g * spans + s;",
+        "at = row * all + g * spans + (s + 1) % spans;",
+        NATIVE,
+    ),
+    Mutant(
         "native: what a row had is not scaled down",
-        f"{CSRC}/attention.cpp",
+        f"{CSRC}/attention.h",
         "state.total = state.total * keep + sum(total), state.top = top;",
         "state.total = state.total + sum(total), state.top = top;",
         NATIVE_KITS,
     ),
     Mutant(
         "native: splits follow the tile",
-        f"{CSRC}/attention.cpp",
+        f"{CSRC}/attention.h",
         "int64_t begin = std::max(index * SPLIT, first_seen(tile.position));",
         "int64_t begin = std::max(index * SPLIT, tile.position > 8 ? tile.position - 8 : 0);",
         NATIVE_KITS,
     ),
     Mutant(
         "native: the sink gives a value",
-        f"{CSRC}/attention.cpp",
+        f"{CSRC}/attention.h",
         "total = total * factor + exp1(sink - top);",
         "total = total * factor;",
+        NATIVE_KITS,
+    ),
+    Mutant(
+        "native: values have the scales of keys",
+        f"{CSRC}/attention.cpp",
+        "v{values, v_scales}",
+        "v{values, k_scales}",
+        NATIVE_KITS,
+    ),
+    Mutant(
+        "native: the largest of a head is that of its positive numbers",
+        f"{CSRC}/rows.cpp",
+        "most = max(most, max(value, sub(zero(), value)));",
+        "most = max(most, value);",
         NATIVE_KITS,
     ),
     Mutant(
@@ -107,6 +129,27 @@ MUTANTS = (
         "store(out + i, sub(mul(a, c), mul(b, s)));",
         "store(out + i, add(mul(a, c), mul(b, s)));",
         NATIVE_KITS,
+    ),
+    Mutant(
+        "native: tokens as likely as the last of top-k are cut off",
+        f"{CSRC}/sampler.cpp",
+        "if (scaled >= least)",
+        "if (scaled > least)",
+        NATIVE_SAMPLER,
+    ),
+    Mutant(
+        "native: a bucket of weights too many",
+        f"{CSRC}/sampler.cpp",
+        "sum + held[reached] < goal",
+        "sum + held[reached] <= goal * 1.1",
+        NATIVE_SAMPLER,
+    ),
+    Mutant(
+        "native: the second half of the seed is lost",
+        f"{CSRC}/sampler.cpp",
+        "k1 = (uint32_t)(seed >> 32);",
+        "k1 = 0;",
+        NATIVE_SAMPLER,
     ),
     Mutant(
         "native: a task is done twice",

@@ -69,8 +69,9 @@ class EngineConfig(BaseModel):
     """With process: seconds after which a step that has not ended counts as hung, and the process is restarted."""
     block_size: Count = at("engine.kv_cache.block_size", 16, ge=1, le=1024)
     """Tokens per KV block."""
-    kv_cache_dtype: Literal["auto", "fp8_e4m3"] = at("engine.kv_cache.dtype", "auto")
-    """Dtype of keys and values in the cache; auto: the compute dtype; fp8_e4m3: 8 bits, less exact."""
+    kv_cache_dtype: Literal["auto", "fp8_e4m3", "int8"] = at("engine.kv_cache.dtype", "auto")
+    """Dtype of keys and values in the cache; auto: the compute dtype; fp8_e4m3, int8: 8 bits, less exact; int8 has a
+    scale for each token and head."""
     num_kv_blocks: Annotated[Count, Field(ge=2, le=1 << 31)] | None = at("engine.kv_cache.num_blocks", None)
     """Blocks in the KV pool; null: as kv_cache_memory says."""
     kv_cache_memory: Annotated[Count, Field(ge=1 << 10, le=1 << 50)] | Literal["auto"] = at(

@@ -21,6 +21,7 @@ from quire.contract.attention import (
     head_norm,
     in_cache_dtype,
     kv_cache_dtype,
+    quantize_kv,
     split_qkv,
 )
 from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, HostCopy, MemoryInfo
@@ -204,6 +205,7 @@ __all__ = [
     "in_cache_dtype",
     "kv_cache_dtype",
     "mixture",
+    "quantize_kv",
     "seeded_uniform",
     "split_qkv",
     "torch_linear",

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from quire.plugin import GatedActSpec, LinearSpec, OpInit, QuantLinearSpec, RMSNormSpec
 from quire.testing.op import quantized
 from quire_cpu_native.build import built, missing
+from quire_cpu_native.codes import NativeQuantLinear
 from quire_cpu_native.native import Native
-from quire_cpu_native.ops import NativeOps
+from quire_cpu_native.ops import NativeA8Ops, NativeOps
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 DTYPES = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -84,6 +85,55 @@ def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(thr
     for run in runs:
         for first, last in ((0, 600), *((17, 17 + count) for count in (1, 2, 3, 4, 5, 6, 7, 30, 97))):
             assert torch.equal(run(x[first:last].clone()), whole[first:last]), (first, last)
+
+
+A8_SPAN = 32
+"""Inputs of a group that share a scale, where they become whole numbers of 8 bits."""
+
+
+def by_8_bit_inputs(op_set, spec, generator):
+    """(x -> result, the weight)"""
+    op = NativeQuantLinear(spec, op_set._native, "codes_linear_a8")
+    state = op.pack(*quantized(spec, generator))
+    return (lambda x: op(x, state)), op.weight(state)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(0, 40) | st.sampled_from(EDGES),
+    inputs=st.integers(1, 200) | st.sampled_from([512, 777]),
+    outputs=st.integers(1, 200),
+    bits=st.sampled_from([4, 3]),
+    count=st.sampled_from([1, 2, 5]),
+)
+def test_inputs_of_8_bits_are_off_by_half_a_step_at_most(threads, rows, inputs, outputs, bits, count):
+    spec, generator = spec_of(inputs, outputs, torch.bfloat16, bits), seeded(rows)
+    run, weight = by_8_bit_inputs(threads[count], spec, generator)
+    x = unaligned(rows, inputs, torch.bfloat16, generator)
+    size, steps = spec.group_size, torch.zeros(rows, inputs, dtype=torch.float64)
+    for group in range(0, inputs, size):
+        for first in range(group, min(group + size, inputs), A8_SPAN):
+            span = slice(first, min(first + A8_SPAN, group + size, inputs))
+            steps[:, span] = x[:, span].double().abs().amax(-1, keepdim=True) / 127
+    exact, allowed = x.double() @ weight.double().T, steps / 2 @ weight.double().abs().T
+    error = (run(x).double() - exact).abs()
+    assert (error <= 1.001 * allowed + exact.abs() / 128 + 1e-4).all()
+
+
+def test_a_row_of_8_bit_inputs_has_the_same_bits_in_any_batch(threads):
+    runs = [by_8_bit_inputs(threads[count], spec_of(512, 333, torch.bfloat16, 4), seeded(0))[0] for count in (1, 2, 5)]
+    x = torch.randn(600, 512, generator=seeded(1)).bfloat16()
+    whole = runs[0](x)
+    for run in runs:
+        for first, last in ((0, 600), *((17, 17 + count) for count in (1, 2, 3, 4, 5, 30))):
+            assert torch.equal(run(x[first:last].clone()), whole[first:last]), (first, last)
+
+
+def test_inputs_of_8_bits_are_for_4_bits_in_bfloat16():
+    op_set = NativeA8Ops(OpInit(torch.device("cpu"), 16))
+    assert op_set.why_not(QuantLinearSpec(64, 64, 4, 32, "middle", torch.bfloat16)) == []
+    assert "not of 8" in op_set.why_not(QuantLinearSpec(64, 64, 8, 32, "middle", torch.bfloat16))[0]
+    assert "not for float32" in op_set.why_not(QuantLinearSpec(64, 64, 4, 32, "middle", torch.float32))[0]
 
 
 def test_many_calls_from_many_threads_at_once(threads):

@@ -38,15 +38,19 @@ def test_bytes_of_weights_and_kv_are_those_that_the_engine_takes():
     assert all(row["bytes_per_request"] == row["bytes_per_token"] * 2048 for row in found["kv"])
 
 
-def test_an_8_bit_cache_takes_the_bytes_that_were_planned_and_loses_little(tmp_path):
-    """The bundled model answers as with the compute dtype; a token's keys and values take a byte each."""
+@pytest.mark.parametrize(("kind", "bytes_per_head"), [("fp8_e4m3", 0), ("int8", 4)])
+@pytest.mark.parametrize("backend", ["cpu_ref", "auto"])
+def test_an_8_bit_cache_takes_the_bytes_that_were_planned_and_loses_little(kind, bytes_per_head, backend):
+    """The bundled model answers as with the compute dtype; a token's keys and values take a byte each, and in int8 a
+    scale for each head."""
     question = [{"role": "user", "content": "What is 27+45?"}]
-    auto, small = (plan("quire-tiny", "--kv-cache-dtype", kind) for kind in ("auto", "fp8_e4m3"))
+    auto, small = (plan("quire-tiny", "--kv-cache-dtype", name) for name in ("auto", kind))
     tokens = [found["weights"][0]["kv_tokens"] for found in (auto, small)]
-    assert tokens[1] > 3.9 * tokens[0]  # in float32
-    llm = LLM(kv_cache_dtype="fp8_e4m3", num_kv_blocks=40)
+    llm = LLM(kv_cache_dtype=kind, num_kv_blocks=40, attention_backend=backend)
+    size = llm.engine.config.spec.attention_layers(llm.engine.config.model_config)[0].head_dim
+    assert tokens[1] > 0.97 * 4 * size / (size + bytes_per_head) * tokens[0]  # in float32
     per_token = {row["dtype"]: row["bytes_per_token"] for row in small["kv"]}
-    assert llm.engine.parts.executor.kv_budget().bytes_per_block == 16 * per_token["fp8_e4m3"]
+    assert llm.engine.parts.executor.kv_budget().bytes_per_block == 16 * per_token[kind]
     output = llm.chat(question, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
     llm.shutdown()
     assert output[0].outputs[0].text == "72"

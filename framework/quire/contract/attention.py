@@ -21,8 +21,10 @@ from torch import Tensor
 
 KVCaches = tuple[Tensor, ...]
 """The cache tensors of one layer, in the order of `AttentionBackend.kv_spec`."""
-KV_DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"fp8_e4m3": torch.float8_e4m3fn})
-"""Names of the cache dtypes that are not the compute dtype, which is called `auto`."""
+KV_DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8})
+"""Names of the cache dtypes that are not the compute dtype, which is called `auto`. `int8` has a scale beside each
+token's head, see `quantize_kv`."""
+INT8_MAX = 127
 
 
 class GraphSupport(IntEnum):
@@ -263,18 +265,32 @@ class AttentionBackend(ABC):
         Args:
             layer: the layer's facts. block_size: slots per block.
             dtype: of the cache's elements: the compute dtype, or one that the caps list (`AttentionInit.cache_dtype`).
+                For int8 the float32 scales of keys and of values, one for each token and head, stand behind them.
         """
-        return (
+        elements = (
             TensorSpec("k", (block_size, layer.num_kv_heads, layer.head_dim), dtype),
             TensorSpec("v", (block_size, layer.num_kv_heads, layer.v_head_dim), dtype),
+        )
+        if dtype is not torch.int8:
+            return elements
+        scales = (block_size, layer.num_kv_heads)
+        return (
+            *elements,
+            TensorSpec("k_scale", scales, torch.float32),
+            TensorSpec("v_scale", scales, torch.float32),
         )
 
     def write_kv(self, layer: AttentionLayer, k: Tensor, v: Tensor, kv: KVCaches, batch: AttentionBatch) -> None:
         """Store k [T, Hkv, D] and v [T, Hkv, Dv] in the slots of `batch.slot_mapping`.
 
-        What is beyond the range of an 8-bit cache becomes the largest number that it holds.
+        What is beyond the range of 8-bit floats becomes the largest number that they hold.
         """
-        for cache, value in zip(kv, (k, v), strict=True):
+        if kv[0].dtype is torch.int8:
+            (k, k_scale), (v, v_scale) = quantize_kv(k), quantize_kv(v)
+            written: tuple[Tensor, ...] = (k, v, k_scale, v_scale)
+        else:
+            written = (k, v)
+        for cache, value in zip(kv, written, strict=True):
             stored = in_cache_dtype(value, cache.dtype)
             if cache.dtype.itemsize == 1:  # torch indexes bytes, but no 8-bit floats
                 cache, stored = cache.view(torch.uint8), stored.view(torch.uint8)
@@ -347,10 +363,23 @@ def kv_cache_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 
 def in_cache_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x as a cache of this dtype holds it."""
-    if dtype.itemsize == 1:  # torch before 2.13 makes NaN of what is out of range
+    if dtype.itemsize == 1 and dtype.is_floating_point:  # torch before 2.13 makes NaN of what is out of range
         largest = torch.finfo(dtype).max
         x = x.clamp(-largest, largest)
     return x.to(dtype)
+
+
+def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Heads x [T, H, D] as int8 codes [T, H, D] with float32 scales [T, H]: x is about code · scale.
+
+    The largest element of a head becomes 127 or -127; others are rounded to the nearest code, ties to even. A head
+    without an element above 1e-30 becomes zeros.
+    """
+    wide = x.float()
+    largest = wide.abs().amax(-1)
+    inverse = torch.where(largest > 1e-30, INT8_MAX / largest, 0.0)
+    codes = (wide * inverse[..., None]).round().clamp(-INT8_MAX, INT8_MAX)
+    return codes.to(torch.int8), largest / INT8_MAX
 
 
 def split_qkv(step: QKVStep) -> tuple[Tensor, Tensor, Tensor]:

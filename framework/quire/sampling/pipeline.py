@@ -193,9 +193,9 @@ class SamplingPipeline:
             token_ids: int32 [max_num_reqs, L], the known tokens of every slot.
             batch: `columns` of the same rows, on the device.
         """
-        # A row is finite if its range is (NaN passes through); no temporary of the logits' size.
-        low, high = torch.aminmax(logits, dim=-1)
-        finite = high - low < math.inf
+        # A row is finite if its range is (NaN passes through); no temporary of the logits' size. On a CPU torch's
+        # aminmax takes ten times as long as the two.
+        finite = logits.amax(-1) - logits.amin(-1) < math.inf
         wanted = tuple(row for row, slot in enumerate(slots) if slot in self._num_logprobs)
         chosen = self._index(wanted) if wanted else None
         raw = None if chosen is None else logits.index_select(0, chosen)  # a copy: the processors come next

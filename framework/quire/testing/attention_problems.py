@@ -40,8 +40,9 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Largest absolute error for values of order one, by dtype."""
-KV_TOLERANCE = {"fp8_e4m3": 0.15}
-"""What a cache's dtype may add to it: of 3 bits after the point, numbers up to 4 are off by up to 1/8."""
+KV_TOLERANCE = {"fp8_e4m3": 0.15, "int8": 0.06}
+"""What a cache's dtype may add to it: of 3 bits after the point, numbers up to 4 are off by up to 1/8; of 127 steps up
+to a head's largest number, by up to 4/254, in values and in keys."""
 
 
 def make_layer(name: str, head_dim: int = 32) -> AttentionLayer:
@@ -75,6 +76,15 @@ def oracle(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, backend: Atte
             total = weights.sum() + (layer.sinks[head].double().exp() if layer.sinks is not None else 0.0)
             out[row, head] = (weights / total) @ values[at]
     return out
+
+
+def held_exactly(x: Tensor, stored: torch.dtype) -> Tensor:
+    """Numbers near x [.., D] that a cache of this dtype holds exactly."""
+    if stored is not torch.int8:
+        return in_cache_dtype(x, stored).to(x.dtype)
+    codes = (x * 32).round().clamp(-127, 127)
+    codes[..., 0] = 127  # the head's largest, so that its scale is 1/32
+    return codes / 32
 
 
 @dataclass
@@ -113,7 +123,7 @@ class Problem:
 
         def draw_kv(*shape: int) -> Tensor:
             drawn = draw(*shape)
-            return drawn if stored is None else in_cache_dtype(drawn, stored).to(dtype)
+            return drawn if stored is None else held_exactly(drawn, stored)
 
         totals = [q + c for q, c in zip(query_lens, context_lens, strict=True)]
         return cls(

@@ -53,8 +53,8 @@ class AttentionResults(AttentionHarness):
         """A declared cache dtype: exact for numbers that it holds exactly, rounded for others, without overflow.
 
         If it fails: allocate what `kv_spec` says for `init.cache_dtype`, widen what is read to the compute dtype before
-        it is multiplied, and limit what is written to the dtype's range (`quire.plugin.in_cache_dtype` does); or take
-        the dtype out of `caps.kv_dtypes`.
+        it is multiplied, and limit what is written to the dtype's range (`quire.plugin.in_cache_dtype` does; of int8
+        `quantize_kv`, whose scales are the third and fourth cache); or take the dtype out of `caps.kv_dtypes`.
         """
         if kv_dtype not in backend_class.caps.kv_dtypes:
             pytest.skip(f"does not declare the cache dtype {kv_dtype!r}")

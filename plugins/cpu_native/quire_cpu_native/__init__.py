@@ -8,11 +8,13 @@ from quire.plugin import Provider, hookimpl
 
 PRIORITY = 20
 """Above cpu_ref and quant's torch kernels."""
+LEAST_PRIORITY = -100
+"""Below everything that is as exact as the compute dtype."""
 
 
 @hookimpl
 def quire_providers() -> Iterable[Provider]:
-    """Attention and operations."""
+    """Attention, operations, sampler."""
     cpu, probe = frozenset({"cpu"}), "quire_cpu_native.build:missing"
     return (
         Provider(
@@ -34,5 +36,25 @@ def quire_providers() -> Iterable[Provider]:
             devices=cpu,
             probe=probe,
             summary="linears, plain and in codes, norms and gated activations in C++",
+        ),
+        Provider(
+            "op",
+            "native_a8",
+            "quire_cpu_native.ops:NativeA8Ops",
+            api=1,
+            priority=LEAST_PRIORITY,
+            devices=cpu,
+            probe=probe,
+            summary="4-bit codes by inputs of 8 bits in C++: faster, less exact, only when named",
+        ),
+        Provider(
+            "sampler",
+            "cpu_native",
+            "quire_cpu_native.sampler:NativeSampler",
+            api=1,
+            priority=PRIORITY,
+            devices=cpu,
+            probe=probe,
+            summary="top-k, top-p, min-p and the draw in C++, a row to a thread",
         ),
     )

@@ -59,6 +59,7 @@ class NativeAttention(AttentionBackend):
     caps = AttentionCaps(
         device_types=frozenset({"cpu"}),
         dtypes=frozenset(SUFFIXES),
+        kv_dtypes=frozenset({"auto", "int8"}),
         features=frozenset({"causal", "sliding_window", "logit_softcap", "sinks", "v_head_dim"}),
         deterministic=True,
         needs_exact_host_lens=True,
@@ -67,8 +68,9 @@ class NativeAttention(AttentionBackend):
     def __init__(self, init: AttentionInit) -> None:
         super().__init__(init)
         kernels = native(torch.get_num_threads())
-        self._attend = kernels.function("attention", init.dtype)
-        self._prepare = kernels.function("prepare", init.dtype)
+        form = "int8" if init.kv_dtype == "int8" else ""
+        self._attend = kernels.function("attention", init.dtype, form)
+        self._prepare = kernels.function("prepare", init.dtype, form)
         self._layers: dict[int, tuple[AttentionLayer, LayerFields, Tensor | None]] = {}
         self._prepared: dict[int, Prepared] = {}
 
@@ -96,8 +98,7 @@ class NativeAttention(AttentionBackend):
             step.sin.data_ptr(),
             step.batch.slot_mapping.data_ptr(),
             turned.data_ptr(),
-            step.kv[0].data_ptr(),
-            step.kv[1].data_ptr(),
+            *_addresses(step.kv),
             tokens,
         )
         values = qkv[:, heads * layer.head_dim :].view(tokens, layer.num_kv_heads, layer.v_head_dim)
@@ -107,7 +108,7 @@ class NativeAttention(AttentionBackend):
         dtype = step.qkv.dtype
         plain = (step.cos, step.sin, step.batch.slot_mapping, *step.kv)
         norms = [norm.weight for norm in (step.q_norm, step.k_norm) if norm is not None]
-        alike = all(each.dtype is dtype for each in (*step.kv, *norms)) and step.cos.dtype is torch.float32
+        alike = all(each.dtype is dtype for each in norms) and step.cos.dtype is torch.float32
         return alike and all(each.is_contiguous() for each in (*plain, *norms))
 
     def _heads(self, step: QKVStep) -> HeadsFields:
@@ -170,8 +171,7 @@ class NativeAttention(AttentionBackend):
             ctypes.addressof(self._layer(layer)),
             q.data_ptr(),
             q.stride(0),
-            kv[0].data_ptr(),
-            kv[1].data_ptr(),
+            *_addresses(kv),
             into.data_ptr(),
             plan.table,
             plan.table_width,
@@ -202,3 +202,9 @@ class NativeAttention(AttentionBackend):
         )
         self._layers[layer.layer_id] = (layer, fields, sinks)
         return fields
+
+
+def _addresses(kv: KVCaches) -> tuple[int | None, ...]:
+    """Of keys, values, and the scales of both where they are int8."""
+    keys, values, *scales = (cache.data_ptr() for cache in kv)
+    return (keys, values, *(scales or (None, None)))

@@ -1,7 +1,8 @@
 """Linears with their weights in codes of at most 8 bits.
 
 In float32 the codes are widened in registers, and the result is that of the weight in floats. In bfloat16 the inputs
-become whole numbers of 16 bits with a scale of their own for each row and group, and the sums are exact.
+become whole numbers of 16 bits with a scale of their own for each row and group, and the sums are exact. For those who
+ask for it (`native_a8`) they become whole numbers of 8 bits in its place, which is faster and less exact.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ class CodesState:
 class NativeQuantLinear:
     """Codes of up to 4 bits take 4, others 8. Scales are held as float16 where that loses nothing."""
 
-    def __init__(self, spec: QuantLinearSpec, kernels: Native) -> None:
+    def __init__(self, spec: QuantLinearSpec, kernels: Native, kernel: str = "codes_linear") -> None:
         self.spec = spec
         self._pack = kernels.function("codes_pack")
         self._weight = kernels.function("codes_weight")
-        self._run = kernels.function("codes_linear", spec.dtype)
+        self._run = kernels.function(kernel, spec.dtype)
 
     def pack(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> CodesState:
         spec, bits = self.spec, 4 if self.spec.bits <= 4 else 8

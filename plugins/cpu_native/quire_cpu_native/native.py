@@ -25,11 +25,13 @@ SIGNATURES: Mapping[str, str] = MappingProxyType(
         "linear": "ppppipiii",
         "rms_norm": "pppppiiff",
         "gated_act": "ppipiii",
-        "prepare": "pppippppppi",
-        "attention": "pppippppippi",
+        "prepare": "pppippppppppi",
+        "attention": "pppippppppippi",
         "codes_pack": "pppp",
         "codes_weight": "ppp",
         "codes_linear": "ppppipi",
+        "codes_linear_a8": "ppppipi",
+        "sample": "pppp",
     }
 )
 """Function -> its arguments: pointers, whole numbers, floats. The first is the pool of threads."""
@@ -68,6 +70,15 @@ class CodesFields(ctypes.Structure):
     )
 
 
+class SamplingFields(ctypes.Structure):
+    """`Sampling` of sampler.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("temperature", "top_p", "min_p", "top_k", "seeds", "positions")),
+        *((name, ctypes.c_int64) for name in ("rows", "vocab", "stride")),
+    )
+
+
 class Native:
     """A loaded object with a pool of threads.
 
@@ -84,9 +95,10 @@ class Native:
         if self.pool is None:
             raise RuntimeError(f"the system refuses to start {threads - 1} more threads")
 
-    def function(self, name: str, dtype: torch.dtype | None = None) -> Callable[..., Any]:
-        """A kernel for a dtype; its first argument, the pool, is given already."""
-        found = self._library[f"quire_{name}" if dtype is None else f"quire_{name}_{SUFFIXES[dtype]}"]
+    def function(self, name: str, dtype: torch.dtype | None = None, form: str = "") -> Callable[..., Any]:
+        """A kernel for a dtype, in a form if there are several; its first argument, the pool, is given already."""
+        parts = ("quire", name, form, "" if dtype is None else SUFFIXES[dtype])
+        found = self._library["_".join(part for part in parts if part)]
         found.restype, found.argtypes = None, [TYPES[letter] for letter in SIGNATURES[name]]
         return functools.partial(found, self.pool)
 

@@ -96,7 +96,7 @@ def run_tiles(layer: AttentionLayer, q: Tensor, kv: KVCaches, plan: TilePlan, ou
 
 def _attend_tile(layer: AttentionLayer, queries: Tensor, kv: KVCaches, tile: Tile) -> Tensor:
     """[16, Hq, Dv] of queries [16, Hq, D]."""
-    keys, values = (_gather(cache, tile, queries.dtype) for cache in kv)
+    keys, values = (_gather(cache, scale, tile, queries.dtype) for cache, scale in with_scales(kv))
     group = layer.num_heads // layer.num_kv_heads
     folded = queries.transpose(0, 1).reshape(layer.num_kv_heads, group * TILE, layer.head_dim)
     seen = tile.seen[layer.sliding_window].repeat(group, 1)
@@ -109,13 +109,23 @@ def _attend_tile(layer: AttentionLayer, queries: Tensor, kv: KVCaches, tile: Til
     return found.reshape(layer.num_heads, TILE, layer.v_head_dim).transpose(0, 1)
 
 
-def _gather(cache: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
+def with_scales(kv: KVCaches) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    """Keys and values, with the scales of an int8 cache beside them."""
+    keys, values, *scales = kv
+    k_scale, v_scale = scales or (None, None)
+    return (keys, k_scale), (values, v_scale)
+
+
+def _gather(cache: Tensor, scale: Tensor | None, tile: Tile, dtype: torch.dtype) -> Tensor:
     """[Hkv, N, D] in the compute dtype.
 
     Behind the last computed position stands what other requests left there, NaN perhaps. Zeros in its
     place change no bit of a real row, whose weights there are exactly zero.
     """
-    found = cache.view(-1, *cache.shape[2:]).index_select(0, tile.slots).to(dtype)
+    found = cache.flatten(0, 1).index_select(0, tile.slots)
+    if scale is not None:
+        found = found * scale.flatten(0, 1).index_select(0, tile.slots)[..., None]
+    found = found.to(dtype)
     found[tile.start + tile.rows[1] :] = 0.0
     return found.transpose(0, 1)
 

@@ -103,10 +103,46 @@ void one_head(const T* x, const T* weight, float eps, float offset, T* out, cons
     rotate(wide, out, cos, sin, h.half, h.head_dim, h.neox != 0);
 }
 
-// qkv [T, ..] -> turned [T, Hq + Hkv, D], and keys and values into their slots.
+// Heads of one token into a cache of the same dtype, or of int8 with a scale for each head, as `quantize_kv` does.
 template <class T>
+void keep(const T* x, int64_t heads, int64_t size, T* to, float*) {
+    memcpy(to, x, heads * size * sizeof(T));
+}
+template <class T>
+void keep(const T* x, int64_t heads, int64_t size, int8_t* to, float* scales) {
+    for (int64_t head = 0; head < heads; head++, x += size, to += size) {
+        V most = zero(), poison = zero();
+        for (int64_t i = 0; i < size; i += W) {
+            V value = load_some(x + i, std::min<int64_t>(W, size - i));
+            most = max(most, max(value, sub(zero(), value)));
+            poison = add(poison, sub(value, value));  // what is no finite number must not get lost
+        }
+        float top = largest(most) + sum(poison);
+        scales[head] = top / 127.0f;
+        if (!(top > 1e-30f)) {
+            memset(to, 0, size);
+            continue;
+        }
+        for (int64_t i = 0; i < size; i += W) {
+            int64_t count = std::min<int64_t>(W, size - i);
+            float codes[W];
+            store(codes, round_to_even(mul(load_some(x + i, count), set1(127.0f / top))));
+            for (int64_t j = 0; j < count; j++) to[i + j] = (int8_t)codes[j];
+        }
+    }
+}
+
+template <class Kept>
+struct Slots {
+    Kept *keys, *values;
+    float *k_scales, *v_scales;  // [slots, Hkv], or null
+    const int64_t* of_token;
+};
+
+// qkv [T, ..] -> turned [T, Hq + Hkv, D], and keys and values into their slots.
+template <class T, class Kept>
 void prepare(Pool& pool, const Heads<T>& h, const T* qkv, int64_t ldx, const float* cos, const float* sin,
-             const int64_t* slots, T* turned, T* keys, T* values, int64_t tokens) {
+             const Slots<Kept>& slots, T* turned, int64_t tokens) {
     int64_t heads = h.num_heads + h.num_kv_heads, width = heads * h.head_dim;
     by_rows(pool, tokens, width, [&, heads, width](int64_t t) {
         float wide[1024];
@@ -118,9 +154,12 @@ void prepare(Pool& pool, const Heads<T>& h, const T* qkv, int64_t ldx, const flo
             one_head(x + head * h.head_dim, is_key ? h.k_weight : h.q_weight, is_key ? h.k_eps : h.q_eps,
                      is_key ? h.k_offset : h.q_offset, out, c, s, h, wide);
         }
-        int64_t key_size = h.num_kv_heads * h.head_dim, value_size = h.num_kv_heads * h.v_head_dim;
-        memcpy(keys + slots[t] * key_size, turned + t * width + h.num_heads * h.head_dim, key_size * sizeof(T));
-        memcpy(values + slots[t] * value_size, x + width, value_size * sizeof(T));
+        int64_t first = slots.of_token[t] * h.num_kv_heads;  // head in the cache
+        const T* key = turned + t * width + h.num_heads * h.head_dim;
+        float* k_scales = slots.k_scales ? slots.k_scales + first : nullptr;
+        float* v_scales = slots.v_scales ? slots.v_scales + first : nullptr;
+        keep(key, h.num_kv_heads, h.head_dim, slots.keys + first * h.head_dim, k_scales);
+        keep(x + width, h.num_kv_heads, h.v_head_dim, slots.values + first * h.v_head_dim, v_scales);
     });
 }
 
@@ -139,13 +178,20 @@ using namespace quire;
                                            int64_t kind) {                                                          \
         std::lock_guard<std::mutex> hold(pool->lock());                                                             \
         gated_act(*pool, x, ldx, out, rows, size, kind);                                                            \
-    }                                                                                                               \
+    }
+
+#define QUIRE_PREPARE(T, Kept, NAME)                                                                                \
     extern "C" void quire_prepare_##NAME(Pool* pool, const void* heads, const T* qkv, int64_t ldx, const float* cos, \
-                                         const float* sin, const int64_t* slots, T* turned, T* keys, T* values,     \
-                                         int64_t tokens) {                                                          \
+                                         const float* sin, const int64_t* slots, T* turned, Kept* keys,             \
+                                         Kept* values, float* k_scales, float* v_scales, int64_t tokens) {          \
         std::lock_guard<std::mutex> hold(pool->lock());                                                             \
-        prepare(*pool, *(const Heads<T>*)heads, qkv, ldx, cos, sin, slots, turned, keys, values, tokens);           \
+        Slots<Kept> into{keys, values, k_scales, v_scales, slots};                                                  \
+        prepare(*pool, *(const Heads<T>*)heads, qkv, ldx, cos, sin, into, turned, tokens);                          \
     }
 
 QUIRE_ROWS(float, f32)
 QUIRE_ROWS(bf16, bf16)
+QUIRE_PREPARE(float, float, f32)
+QUIRE_PREPARE(bf16, bf16, bf16)
+QUIRE_PREPARE(float, int8_t, int8_f32)
+QUIRE_PREPARE(bf16, int8_t, int8_bf16)

@@ -10,11 +10,8 @@
 #define QUIRE_512 1
 #endif
 
-#if defined(QUIRE_SIMDE)  // the same intrinsics in portable C, to test paths that this machine lacks
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx2.h>
-#include <simde/x86/avx512.h>
-#include <simde/x86/fma.h>
+#if defined(QUIRE_SIMDE)
+#include "emulated.h"
 #elif defined(QUIRE_512) || defined(QUIRE_ISA_AVX2)
 #include <immintrin.h>
 #endif
@@ -99,11 +96,20 @@ static inline I field8_of16(I x, int shift) { return _mm512_and_si512(_mm512_srl
 // c + a.first * b.first + a.second * b.second of signed halves
 #if defined(QUIRE_ISA_AVX512BF16)  // which is taken together with VNNI
 static inline I add_products(I c, I a, I b) { return _mm512_dpwssd_epi32(c, a, b); }
-#elif defined(QUIRE_SIMDE)  // whose short name for it is wrong in 0.7.4
-static inline I add_products(I c, I a, I b) { return _mm512_add_epi32(c, simde_mm512_madd_epi16(a, b)); }
 #else
 static inline I add_products(I c, I a, I b) { return _mm512_add_epi32(c, _mm512_madd_epi16(a, b)); }
 #endif
+static inline I low_nibbles(I x) { return _mm512_and_si512(x, set1_int(0x0f0f0f0f)); }
+static inline I high_nibbles(I x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
+// c + products of unsigned bytes of a with signed bytes of b, summed by pairs or fours; `whole_sums` of it: by fours
+#if defined(QUIRE_ISA_AVX512BF16)
+static inline I add_byte_products(I c, I a, I b) { return _mm512_dpbusd_epi32(c, a, b); }
+static inline I whole_sums(I c) { return c; }
+#else
+static inline I add_byte_products(I c, I a, I b) { return _mm512_add_epi16(c, _mm512_maddubs_epi16(a, b)); }
+static inline I whole_sums(I c) { return _mm512_madd_epi16(c, set1_int(0x00010001)); }
+#endif
+static inline V load(const int8_t* p) { return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 static inline V load(const half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 
 #elif defined(QUIRE_ISA_AVX2)
@@ -161,6 +167,11 @@ static inline I add_products(I c, I a, I b) {
 #else
 static inline I add_products(I c, I a, I b) { return _mm256_add_epi32(c, _mm256_madd_epi16(a, b)); }
 #endif
+static inline I low_nibbles(I x) { return _mm256_and_si256(x, set1_int(0x0f0f0f0f)); }
+static inline I high_nibbles(I x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
+static inline I add_byte_products(I c, I a, I b) { return _mm256_add_epi16(c, _mm256_maddubs_epi16(a, b)); }
+static inline I whole_sums(I c) { return _mm256_madd_epi16(c, set1_int(0x00010001)); }
+static inline V load(const int8_t* p) { return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
 static inline V load(const half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 
 #else  // whatever the compiler makes of arrays of eight
@@ -224,6 +235,22 @@ static inline I add_products(I c, I a, I b) {
         c.at[i] += (uint32_t)((int16_t)a.at[i] * (int16_t)b.at[i] + (int16_t)(a.at[i] >> 16) * (int16_t)(b.at[i] >> 16));
     return c;
 }
+static inline I low_nibbles(I x) {
+    for (uint32_t& each : x.at) each &= 0x0f0f0f0f;
+    return x;
+}
+static inline I high_nibbles(I x) {
+    for (uint32_t& each : x.at) each = each >> 4 & 0x0f0f0f0f;
+    return x;
+}
+static inline I add_byte_products(I c, I a, I b) {
+    for (int i = 0; i < W; i++)
+        for (int shift = 0; shift < 32; shift += 8)
+            c.at[i] += (uint32_t)((int32_t)(a.at[i] >> shift & 255) * (int8_t)(b.at[i] >> shift));
+    return c;
+}
+static inline I whole_sums(I c) { return c; }
+static inline V load(const int8_t* p) { return lanes([=](int i) { return (float)p[i]; }); }
 static inline V load(const half* p) { return lanes([=](int i) { return to_float(p[i]); }); }
 
 #endif

@@ -1,0 +1,35 @@
+"""The sampler: what `quire.sampling.sampler` defines, in C++, a row to a thread."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from quire.plugin import Sampler, SamplerInit, SamplingBatch
+from torch import Tensor
+
+from quire_cpu_native.native import SamplingFields, native, row_major
+
+
+class NativeSampler(Sampler):
+    """Draws the reference's tokens: in float64, with sums in the same order."""
+
+    def __init__(self, init: SamplerInit) -> None:
+        super().__init__(init)
+        self._run = native(torch.get_num_threads()).function("sample")
+
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        logits = row_major(logits)
+        tokens = torch.empty(logits.shape[0], dtype=torch.int64)
+        columns = {
+            name: getattr(batch, name).contiguous()
+            for name in ("temperature", "top_p", "min_p", "top_k", "seeds", "positions")
+        }
+        fields = SamplingFields(
+            **{name: column.data_ptr() for name, column in columns.items()},
+            rows=logits.shape[0],
+            vocab=logits.shape[1],
+            stride=logits.stride(0),
+        )
+        self._run(ctypes.addressof(fields), logits.data_ptr(), tokens.data_ptr())
+        return tokens
