@@ -38,17 +38,22 @@ class Tuning:
     waves: int = 2
 
 
+EXACT = Tuning(Launch(16, 16, 4, 2), Launch(16, 16, 4, 2))
+"""For float32: no tensor core multiplies it, and larger tiles spill by the thousand and take minutes to compile."""
 WIDE = 128
 """Head sizes above this need smaller tiles to fit into shared memory and registers."""
 
 
-def tuning_for(capability: tuple[int, int], head_dim: int, kv_bits: int = 16) -> Tuning:
+def tuning_for(capability: tuple[int, int], head_dim: int, kv_bits: int = 16, *, exact: bool = False) -> Tuning:
     """The table.
 
     Args:
         capability: compute capability, such as (9, 0). head_dim: the larger of the q and v head sizes, padded.
         kv_bits: of an element of the cache; the tiles of an 8-bit one take half the room.
+        exact: the compute dtype is float32.
     """
+    if exact:
+        return EXACT
     major, minor = capability
     small_shared_memory = (major, minor) in ((8, 6), (8, 9)) or major == 12  # 99 KB instead of 163 or 227
     if head_dim > WIDE:
