@@ -3,8 +3,9 @@
     python benchmarks/server_overhead.py [--streams 64] [--tokens 64] [--rounds 5] [--json FILE]
 
 Both ways run in turn, each over an engine in a child process (`quire serve`'s default) on the bundled model.
-The clients of the HTTP streams run in a process of their own, as they would; they share the machine's cores
-with server and engine, so that on few cores the ratio holds the clients' work too. What counts is the ratio
+The clients of the HTTP streams run in a process of their own that does no more than read, since elsewhere they have
+machines of their own; here they share the cores with server and engine, so that on few cores the ratio holds their
+work too. What counts is the ratio
 of medians. Beside the time that passes stands the processor time of server and engine alone, without the
 clients: it can be measured on a machine that is busy otherwise.
 """
@@ -53,38 +54,46 @@ async def direct(llm: AsyncLLM, streams: int, tokens: int) -> float:
 
 
 CLIENT = """
-import asyncio, json, sys, time
+import json, selectors, socket, sys, time
 url, streams, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 host, port = url.removeprefix("http://").split(":")
 
-async def one(index):
+def request(index):
     body = json.dumps({"prompt": f"{index}: tell me about it", "temperature": 0.8, "seed": index,
                        "max_tokens": tokens, "ignore_eos": True, "stream": True}).encode()
-    reader, writer = await asyncio.open_connection(host, int(port))
     head = f"POST /v1/completions HTTP/1.1\\r\\nHost: {host}\\r\\nContent-Type: application/json\\r\\n"
-    writer.write(head.encode() + f"Content-Length: {len(body)}\\r\\nConnection: close\\r\\n\\r\\n".encode() + body)
-    data = await reader.read(-1)
-    assert b"data: [DONE]" in data, data[-300:]
-    writer.close()
+    return head.encode() + f"Content-Length: {len(body)}\\r\\nConnection: close\\r\\n\\r\\n".encode() + body
 
-async def main():
-    while sys.stdin.readline():
-        began = time.perf_counter()
-        await asyncio.gather(*(one(index) for index in range(streams)))
-        print(time.perf_counter() - began, flush=True)
+def round_():
+    waiting = selectors.DefaultSelector()
+    for index in range(streams):
+        connection = socket.create_connection((host, int(port)))
+        connection.sendall(request(index))
+        waiting.register(connection, selectors.EVENT_READ, [])
+    while waiting.get_map():
+        for key, _ in waiting.select():
+            data = key.fileobj.recv(65536)
+            key.data.append(data)
+            if not data:
+                assert b"data: [DONE]" in b"".join(key.data[-3:]), key.data[-3:]
+                waiting.unregister(key.fileobj)
+                key.fileobj.close()
 
-asyncio.run(main())
+while sys.stdin.readline():
+    began = time.perf_counter()
+    round_()
+    print(time.perf_counter() - began, flush=True)
 """
 
 
-def serve(llm: AsyncLLM) -> tuple[str, Any, threading.Thread]:
-    """A server over the engine: (URL, listener, thread)."""
+def serve(llm: AsyncLLM, **settings: Any) -> tuple[str, Any, threading.Thread]:
+    """A server over the engine: (URL, listener, thread). `settings`: further ones of the server."""
     from quire_server.app import create_app
     from quire_server.listener import Listener, open_socket
     from quire_server.settings import ServerSettings
     from quire_server.state import ServerState
 
-    state = ServerState(llm, ServerSettings(port=0, access_log=False))
+    state = ServerState(llm, ServerSettings(port=0, access_log=False, **settings))
     socket = open_socket(state.settings)
     listener = Listener(create_app(state), state)
     thread = threading.Thread(target=listener.serve_on, args=(socket,))

@@ -17,12 +17,13 @@ from quire.errors import (
 )
 from quire.facade import EngineView, SequenceView, StepView
 from quire.llm import LLM
-from quire.outputs import CompletionOutput, Logprob, OutputDelta, PositionLogprobs, RequestOutput
+from quire.outputs import NOT_FINITE, CompletionOutput, Logprob, OutputDelta, PositionLogprobs, RequestOutput
 from quire.params import SamplingParams
 from quire.version import __version__
 
 __all__ = [
     "LLM",
+    "NOT_FINITE",
     "AsyncLLM",
     "ChatFormat",
     "ChatPrompt",

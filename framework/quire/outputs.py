@@ -21,6 +21,9 @@ class Logprob:
     decoded_token: str | None = None
 
 
+NOT_FINITE = "the model's logits for this request are not finite"
+"""The error of a request whose logits held NaN or were infinite: of the model or the device, not of the request."""
+
 PositionLogprobs = dict[int, Logprob]
 """Token id -> log probability: the token that stands there, and the most likely ones."""
 

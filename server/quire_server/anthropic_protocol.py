@@ -13,7 +13,7 @@ from pydantic import Field
 
 from quire_server.errors import ApiError
 from quire_server.fields import RequestBody
-from quire_server.protocol import ChatRequest, Message, Tool
+from quire_server.protocol import ChatRequest, Function, Message, Tool
 
 
 class Block(RequestBody):
@@ -43,6 +43,8 @@ class AnthropicTool(RequestBody):
     name: str = Field(min_length=1, max_length=128)
     description: str | None = None
     input_schema: dict[str, Any]
+    strict: Literal[False] | None = None
+    """Inputs cannot be held to the schema: that needs structured output, which is not available."""
 
 
 class ToolChoice(RequestBody):
@@ -79,7 +81,7 @@ class CountRequest(RequestBody):
         messages = [] if self.system is None else [_system(self.system)]
         for index, message in enumerate(self.messages):
             messages += _messages(index, message)
-        tools = [Tool(type="function", function=_function(tool)) for tool in self.tools or ()]
+        tools = [Tool(type="function", function=Function(**_function(tool))) for tool in self.tools or ()]
         thinking = {} if self.thinking is None else {"enable_thinking": self.thinking.type != "disabled"}
         return {
             "model": self.model,

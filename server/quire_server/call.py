@@ -63,8 +63,10 @@ class Call:
         """Send the events as they come. Raises ApiError if there is no place for the request."""
         place = contextlib.ExitStack()
         place.enter_context(self._state.admission.admit(job.num_prompt_tokens))
-        chunks = _encoded(self._batches(job), encoder)
-        return sse.EventStream(chunks, self._state.limits, self._headers, place)
+        head = encoder.encoded(encoder.begin())
+        return sse.EventStream(
+            self._batches(job), encoder.joined, self._state.limits, head=head, headers=self._headers, place=place
+        )
 
     async def events(self, job: Job) -> list[Event]:
         """All events, for an answer that is sent at once. Raises ApiError if there is no place, or it fails."""
@@ -76,7 +78,7 @@ class Call:
 
     def _batches(self, job: Job) -> Batches:
         """The job's events, which the request's trace is told of, if there is one."""
-        batches = event_batches(self._state.llm, job)
+        batches = event_batches(self._state.llm, job, self._state.faults.note)
         trace = getattr(self._request.state, "trace", None)
         if trace is None:
             return batches
@@ -111,20 +113,6 @@ async def _told(batches: Batches, trace: Any) -> AsyncGenerator[Sequence[Event]]
             for event in batch:
                 trace.take(event)
             yield batch
-
-
-async def _encoded(batches: Batches, encoder: sse.Encoder) -> AsyncGenerator[bytes]:
-    """What is written, one piece for what came at once."""
-    if begin := encoder.encoded(encoder.begin()):
-        yield begin
-    async with contextlib.aclosing(batches):
-        async for batch in batches:
-            if piece := b"".join([encoder.written(event) for event in batch]):
-                yield piece
-            if batch and isinstance(batch[-1], Failure):
-                return
-    if encoder.end:
-        yield encoder.end
 
 
 async def _unless_disconnected(request: Request, work: Any) -> Any:

@@ -117,8 +117,12 @@ class ChatChunks:
                 return [failure(event)]
 
     def quick(self, event: Event) -> bytes | None:
-        """The bytes of a text's chunk that holds nothing else; None for all others."""
-        if not isinstance(event, Text) or event.choice in self._tokens or self._wants.running_usage:
+        """The bytes of a text that comes alone, none for tokens nobody asked for; None: `feed` makes the chunks."""
+        if self._wants.tokens:
+            return None
+        if isinstance(event, Tokens):
+            return b""
+        if not isinstance(event, Text):
             return None
         template = self._texts.get(event.choice)
         if template is None:

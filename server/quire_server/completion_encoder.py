@@ -74,7 +74,11 @@ class CompletionChunks:
 
     def quick(self, event: Event) -> bytes | None:
         """As for chats."""
-        if not isinstance(event, Text) or event.choice in self._tokens or self._only_echo or self._wants.running_usage:
+        if self._wants.tokens or self._only_echo:
+            return None
+        if isinstance(event, Tokens):
+            return b""
+        if not isinstance(event, Text):
             return None
         template = self._texts.get(event.choice)
         if template is None:

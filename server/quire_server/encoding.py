@@ -37,6 +37,11 @@ class Wants:
     running_usage: bool = False
     prompt_logprobs: bool = False
 
+    @property
+    def tokens(self) -> bool:
+        """Whether the tokens of an answer matter beside its text."""
+        return self.logprobs is not None or self.token_ids or self.running_usage
+
 
 def usage_object(usage: Usage) -> dict[str, Any]:
     """OpenAI's `usage`."""

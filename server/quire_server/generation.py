@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from quire import AsyncLLM, OutputDelta, PositionLogprobs, QuireError, Submission
@@ -56,8 +56,9 @@ class Job:
         return sum(len(submission.prompt_token_ids) for submission in self.submissions)
 
 
-async def event_batches(llm: AsyncLLM, job: Job) -> AsyncGenerator[Sequence[Event]]:
-    """Everything that a job produces, in order, what came together at once; ends with one `Usage`, or one `Failure`."""
+async def event_batches(llm: AsyncLLM, job: Job, failed: Callable[[str], None]) -> AsyncGenerator[Sequence[Event]]:
+    """Everything that a job produces, in order, what came together at once; ends with one `Usage`, or one `Failure`,
+    of which `failed` is told if the engine gave it."""
     tally = _Tally(job)
     now = asyncio.get_running_loop().time()
     end = now + job.timeout
@@ -69,10 +70,12 @@ async def event_batches(llm: AsyncLLM, job: Job) -> AsyncGenerator[Sequence[Even
             delta = await deadline.wait(anext(deltas))
             if not tally.has_begun:
                 deadline.move(end)
-            found = list(tally.take(indexes[delta.request_id], delta))
-            yield found
+            found = tally.take(indexes[delta.request_id], delta)
             if found and isinstance(found[-1], Failure):
+                failed(found[-1].message)
+                yield found
                 return
+            yield found
         yield [tally.usage()]
     except TimeoutError:
         problem = "took too long" if tally.has_begun else "waited too long for its turn"
@@ -140,25 +143,25 @@ class _Tally:
         self._completion = self._reasoning_tokens = 0
         self._cached = [0] * len(counts)
 
-    def take(self, prompt: int, delta: OutputDelta) -> Iterator[Event]:
+    def take(self, prompt: int, delta: OutputDelta) -> list[Event]:
         """Events of one delta."""
         choice = self._first[prompt] + delta.index
         self.has_begun = True
         self._cached[prompt] = max(self._cached[prompt], delta.num_cached_tokens)
         if delta.finish_reason == "error":
-            yield Failure(delta.error or "the engine failed")
-            return
-        yield from self._prompt(prompt, delta)
+            return [Failure(delta.error or "the engine failed")]
+        events = self._prompt(prompt, delta)
         if delta.token_ids:
             self._completion += len(delta.token_ids)
-            yield Tokens(choice, delta.token_ids, delta.logprobs, self._num_shown(prompt, delta))
-        yield from self._output(choice, delta)
+            events.append(Tokens(choice, delta.token_ids, delta.logprobs, self._num_shown(prompt, delta)))
+        events += self._output(choice, delta)
         if delta.finish_reason == "abort":
-            yield Failure("the request was aborted")
+            events.append(Failure("the request was aborted"))
         elif delta.finish_reason is not None:
             self.open_choices.discard(choice)
             reason = "tool_calls" if self._calls[choice] and delta.finish_reason == "stop" else delta.finish_reason
-            yield Finish(choice, reason, delta.stop_reason)
+            events.append(Finish(choice, reason, delta.stop_reason))
+        return events
 
     def usage(self) -> Usage:
         return Usage(self._job.num_prompt_tokens, self._completion, sum(self._cached), self._reasoning_tokens)
@@ -168,33 +171,31 @@ class _Tally:
         hidden = by_token and not self._job.submissions[prompt].params.include_stop_str_in_output
         return len(delta.token_ids) - hidden
 
-    def _prompt(self, prompt: int, delta: OutputDelta) -> Iterator[Event]:
+    def _prompt(self, prompt: int, delta: OutputDelta) -> list[Event]:
         """The prompt, once all its log probabilities are there."""
         if not self._job.tell_prompts or prompt in self._told:
-            return
+            return []
         submission = self._job.submissions[prompt]
         known = self._prompt_logprobs.setdefault(prompt, [None])
         known.extend(delta.prompt_logprobs if delta.index == 0 else ())
         wanted = submission.params.prompt_logprobs is not None
         if wanted and len(known) < len(submission.prompt_token_ids):
-            return
+            return []
         self._told.add(prompt)
-        yield Prompt(prompt, submission.prompt_token_ids, tuple(known) if wanted else ())
+        return [Prompt(prompt, submission.prompt_token_ids, tuple(known) if wanted else ())]
 
-    def _output(self, choice: int, delta: OutputDelta) -> Iterator[Event]:
+    def _output(self, choice: int, delta: OutputDelta) -> list[Event]:
         if not self._job.parsers:
-            if delta.text:
-                yield Text(choice, delta.text)
-            return
+            return [Text(choice, delta.text)] if delta.text else []
         parser = self._job.parsers[choice]
         found = parser.feed(delta.text, delta.token_ids)
         if delta.finish_reason is not None:
             found = [*found, *parser.finish()]
-        for event in found:
-            yield self._parsed(choice, event)
+        events = [self._parsed(choice, event) for event in found]
         # Counted by where a token's text went; of one that held text of both kinds, by the last.
         if self._reasoning[choice]:
             self._reasoning_tokens += len(delta.token_ids)
+        return events
 
     def _parsed(self, choice: int, event: ParserEvent) -> Event:
         self._reasoning[choice] = isinstance(event, ReasoningDelta)

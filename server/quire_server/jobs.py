@@ -128,7 +128,7 @@ def as_template_message(index: int, message: Message) -> dict[str, Any]:
 
 def template_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
     """The tools as templates read them."""
-    return [tool.model_dump() for tool in tools or ()]
+    return [tool.model_dump(exclude_unset=True) for tool in tools or ()]
 
 
 def template_arguments(body: ChatRequest) -> dict[str, Any]:

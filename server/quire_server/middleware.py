@@ -31,7 +31,11 @@ ANTHROPIC = "/v1/messages"
 
 
 class RequestId:
-    """Gives every answer an id: the client's own if it is sane. Logs one line per request."""
+    """Gives every answer an id: the client's own if it is sane. Logs one line per request.
+
+    The state's `send_body` is the way past everything that wraps `send` for the sake of an answer's head: a stream's
+    pieces may take it.
+    """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app = app
@@ -44,7 +48,7 @@ class RequestId:
             return
         given = Headers(scope=scope).get(REQUEST_ID, "")
         request_id = given if SANE_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, send_body=send)
         started, status = time.perf_counter(), 0
 
         async def tell(message: Message) -> None:

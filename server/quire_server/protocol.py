@@ -40,13 +40,22 @@ class Message(BaseModel):
     """The same, as it is called by others."""
 
 
+class Function(BaseModel):
+    """What a tool is told to the model as."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    strict: Literal[False] | None = None
+    """Arguments cannot be held to the schema: that needs structured output, which is not available."""
+
+
 class Tool(BaseModel):
     """A function that the model may call."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     type: Literal["function"]
-    function: dict[str, Any]
+    function: Function
 
 
 class ChatRequest(SamplingFields):

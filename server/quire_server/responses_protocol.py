@@ -12,7 +12,7 @@ from pydantic import Field
 
 from quire_server.errors import ApiError
 from quire_server.fields import RequestBody
-from quire_server.protocol import ChatRequest, Message, Tool
+from quire_server.protocol import ChatRequest, Function, Message, Tool
 
 STATELESS = "nothing is stored here; send the conversation as input"
 TEXT_PARTS = frozenset({"input_text", "output_text", "text"})
@@ -25,6 +25,8 @@ class FunctionTool(RequestBody):
     name: str = Field(min_length=1, max_length=128)
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None
+    """Arguments cannot be held to the schema: that needs structured output, which is not available."""
 
 
 class ReasoningOptions(RequestBody):
@@ -67,7 +69,7 @@ class ResponsesRequest(RequestBody):
         asked = [Message(role="user", content=self.input)] if isinstance(self.input, str) else _messages(self.input)
         if not asked:
             raise ApiError(400, "input is an empty list", param="input", code="invalid_value")
-        tools = [Tool(type="function", function=_function(tool)) for tool in self.tools or ()]
+        tools = [Tool(type="function", function=Function(**_function(tool))) for tool in self.tools or ()]
         given = {
             "model": self.model,
             "messages": begin + asked,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from quire_server.events import Event
+from quire_server.events import Event, Usage
+
+T = TypeVar("T")
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -57,6 +59,11 @@ class Encoder:
     name: Callable[[dict[str, Any]], str] | None = None
     quick: Callable[[Event], bytes | None] = lambda event: None
 
+    def joined(self, events: Sequence[Event]) -> bytes:
+        """Events that came together, as one piece. `Usage` is what ends all that did not fail."""
+        piece = b"".join([self.written(event) for event in events])
+        return piece + self.end if events and isinstance(events[-1], Usage) else piece
+
     def written(self, event: Event) -> bytes:
         """An event's chunks as bytes."""
         found = self.quick(event)
@@ -75,14 +82,16 @@ class StreamLimits:
     write_timeout: float
 
 
-class EventStream(Response):
-    """Sends chunks as they come; ends the generator when the client goes, or stops reading.
+class EventStream(Response, Generic[T]):
+    """Sends what a generator yields as it comes; ends the generator when the client goes, or stops reading.
 
     A comment is sent in silence, since proxies close a stream on which nothing happens while a long
-    prompt is computed.
+    prompt is computed. A task of its own sends, so that a token wakes a short stack, not the whole
+    application's; for the same reason pieces go past the middleware (`RequestId`).
 
     Args:
-        chunks: what is sent. limits: of time. headers: further ones.
+        pieces: what is sent. encode: makes its bytes; none: nothing is written.
+        limits: of time. head: bytes before the first piece. headers: further ones.
         place: closed when the stream has ended, however it ended.
     """
 
@@ -90,14 +99,18 @@ class EventStream(Response):
 
     def __init__(
         self,
-        chunks: AsyncGenerator[bytes],
+        pieces: AsyncGenerator[T],
+        encode: Callable[[T], bytes],
         limits: StreamLimits,
+        *,
+        head: bytes = b"",
         headers: Mapping[str, str] | None = None,
         place: ExitStack | None = None,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]
-        self._chunks = chunks
+        self._pieces, self._encode = pieces, encode
+        self._head = head
         self._place = place or ExitStack()
         self._limits = limits
         self._last = 0.0
@@ -105,53 +118,50 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._place:  # here, since a generator that was never begun would not give it back
-            await self._send(receive, send)
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            send_body = scope["state"]["send_body"]
+            self._last = asyncio.get_running_loop().time()
+            sender = asyncio.create_task(self._send(send_body))
+            watchers = [asyncio.create_task(_gone(receive)), asyncio.create_task(self._watch_clock(send_body))]
+            try:
+                done, _ = await asyncio.wait([sender, *watchers], return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            finally:
+                for task in (sender, *watchers):
+                    task.cancel()
+                await asyncio.gather(sender, *watchers, return_exceptions=True)
+                await self._pieces.aclose()  # for a sender that was cancelled before it began
 
-    async def _send(self, receive: Receive, send: Send) -> None:
+    async def _send(self, send: Send) -> None:
+        async with aclosing(self._pieces):
+            if self._head:
+                await self._write(send, self._head)
+            async for piece in self._pieces:
+                if body := self._encode(piece):
+                    await self._write(send, body)
+        await send({"type": "http.response.body", "more_body": False})
+
+    async def _write(self, send: Send, body: bytes) -> None:
+        self._writing, self._last = True, asyncio.get_running_loop().time()
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        self._writing = False
+
+    async def _watch_clock(self, send: Send) -> None:
+        """Comments in silence; returns if a write takes too long."""
         loop = asyncio.get_running_loop()
-        main = asyncio.current_task()
-        assert main is not None
-        gone = False
+        while True:
+            limit = self._limits.write_timeout if self._writing else self._limits.keepalive
+            rest = self._last + limit - loop.time()
+            if rest > 0:
+                await asyncio.sleep(rest)
+            elif self._writing:
+                return
+            else:
+                await self._write(send, KEEP_ALIVE)
 
-        async def write(body: bytes, more: bool = True) -> None:
-            self._writing, self._last = True, loop.time()
-            await send({"type": "http.response.body", "body": body, "more_body": more})
-            self._writing, self._last = False, loop.time()
 
-        async def watch_client() -> None:
-            nonlocal gone
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            gone = True
-            main.cancel()
-
-        async def watch_clock() -> None:
-            nonlocal gone
-            while True:
-                limit = self._limits.write_timeout if self._writing else self._limits.keepalive
-                rest = self._last + limit - loop.time()
-                if rest > 0:
-                    await asyncio.sleep(rest)
-                elif self._writing:
-                    gone = True
-                    main.cancel()
-                    return
-                else:
-                    await write(KEEP_ALIVE)
-
-        self._last = loop.time()
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        watchers = [asyncio.create_task(watch_client()), asyncio.create_task(watch_clock())]
-        try:
-            async for chunk in self._chunks:
-                await write(chunk)
-            await write(b"", more=False)
-        except asyncio.CancelledError:
-            if not gone:
-                raise
-            main.uncancel()
-        finally:
-            for watcher in watchers:
-                watcher.cancel()
-            await asyncio.gather(*watchers, return_exceptions=True)
-            await self._chunks.aclose()
+async def _gone(receive: Receive) -> None:
+    """Returns when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -11,6 +11,7 @@ from quire import AsyncLLM
 
 from quire_server.admission import Admission
 from quire_server.errors import ApiError
+from quire_server.faults import Faults
 from quire_server.settings import ServerSettings
 from quire_server.sse import StreamLimits
 
@@ -22,6 +23,7 @@ class ServerState:
     Attributes:
         llm: answers. settings: of the server. config: resolved configuration with origins, for /server_info.
         admission: who may come in. metrics: renders the metrics, or None. created: when it was started.
+        faults: answers that a broken model spoiled.
         is_leaving: told to stop; new requests are still taken until `admission` says otherwise.
     """
 
@@ -31,6 +33,7 @@ class ServerState:
     metrics: Callable[[], bytes] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     is_leaving: bool = False
+    faults: Faults = field(default_factory=Faults)
     admission: Admission = field(init=False)
 
     def __post_init__(self) -> None:

@@ -101,6 +101,20 @@ def check_envelope(answer, status, param, code, *words):
         ("/tokenize", {"messages": []}, "messages", "invalid_value", ["at least 1"]),
         ("/tokenize", {}, "prompt", "invalid_value", ["either"]),
         ("/detokenize", {"tokens": [-3]}, "tokens", None, ["-3"]),
+        (
+            CHAT,
+            {"messages": HELLO, "tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
+            "tools.[0].function.strict",
+            "invalid_value",
+            ["strict is True", "False"],
+        ),
+        (
+            "/v1/responses",
+            {"input": "x", "tools": [{"type": "function", "name": "f", "strict": True}]},
+            "tools.[0].strict",
+            "invalid_value",
+            ["False"],
+        ),
         ("/v1/embeddings", {"input": "x"}, None, "unsupported_model", ["pooling"]),
     ],
 )

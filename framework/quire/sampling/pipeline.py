@@ -23,14 +23,13 @@ from quire.contract.sampling import (
     SamplingBatch,
 )
 from quire.errors import PluginError, RequestError
+from quire.outputs import NOT_FINITE
 from quire.params import SamplingParams
 from quire.sampling.logprobs import logprob_entries, logprob_figures
 
 logger = logging.getLogger(__name__)
 
-NOT_FINITE = "the model's logits for this request are not finite"
 NOTHING_ALLOWED = "the request's token filters, biases and minimum length leave no token to sample"
-
 
 # What stands in place of a token where there is none; token ids are not negative.
 _NOT_FINITE, _NOTHING_ALLOWED = -1, -2

@@ -38,7 +38,7 @@ async def engine(request: Request) -> Response:
 async def engine_stream(request: Request) -> Response:
     """The same as server-sent events, at most five a second; `event: error` while there is no engine."""
     state: ServerState = request.app.state.server
-    return EventStream(_looks(state), state.limits)
+    return EventStream(_looks(state), bytes, state.limits)
 
 
 async def _looks(state: ServerState) -> AsyncGenerator[bytes]:

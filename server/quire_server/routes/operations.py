@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
-from quire import EngineDead, RequestError, __version__
+from quire import NOT_FINITE, EngineDead, RequestError, __version__
 from starlette.responses import PlainTextResponse, Response
 
 from quire_server.call import ignored_header
@@ -40,6 +40,10 @@ async def ready(request: Request) -> Response:
         raise overloaded("the server is shutting down", seconds=5)
     if state.admission.is_full:
         raise overloaded("the queue is full")
+    if state.faults.are_many:
+        raise ApiError(
+            503, f"{NOT_FINITE}, for several in a minute: the weights or the device are bad", code="not_finite"
+        )
     await health(request)
     return JsonResponse({"status": "ready"})
 
