@@ -172,8 +172,8 @@ MUTANTS = (
     Mutant(
         "scheduler: budget ignored",
         CONTINUOUS,
-        "count = min(request.num_tokens - request.num_computed_tokens, round_.budget)",
-        "count = request.num_tokens - request.num_computed_tokens",
+        "count = min(missing, round_.budget)",
+        "count = missing",
         SCHEDULING,
     ),
     Mutant(
@@ -323,8 +323,8 @@ MUTANTS = (
     Mutant(
         "overlap: a followed request does not wait for its token",
         CONTINUOUS,
-        "if request.num_pending_tokens and request.request_id in self._unhurried:",
-        "if False:",
+        "return request.request_id in self._unhurried or request.num_output_tokens",
+        "return request.num_output_tokens",
         OVERLAP,
     ),
     Mutant("overlap: one buffer for all steps", STAGING, "IN_FLIGHT = 2", "IN_FLIGHT = 1", BATCH),

@@ -144,11 +144,16 @@ class AttentionPromises(AttentionHarness):
 
     def _serve_later(self, backend: AttentionBackend, first: Problem, second: Problem) -> None:
         """Plan the first step as for a graph, then the second at the same addresses; attend by the first one's plan."""
-        sizes = {"max_seq_len": 128, "max_query_len": first.case.batch.num_tokens}
-        if not second.case.batch.uniform_query_len or first.query_lens == [0]:
-            sizes["uniform_query_len"] = 0
-        table = torch.zeros(first.case.batch.num_reqs, 8, dtype=torch.int32)
-        static = placed(dataclasses.replace(first.case.batch, block_table=table, **sizes), self.device)
+        batch = first.case.batch
+        is_mixed = not second.case.batch.uniform_query_len or first.query_lens == [0]
+        batch = dataclasses.replace(
+            batch,
+            uniform_query_len=0 if is_mixed else batch.uniform_query_len,
+            max_query_len=batch.num_tokens,
+            max_seq_len=128,
+            block_table=torch.zeros(batch.num_reqs, 8, dtype=torch.int32),
+        )
+        static = placed(batch, self.device)
         captured = backend.plan(static)
         problem = placed(second, self.device)
         for field in dataclasses.fields(static):
