@@ -3,7 +3,8 @@
     python scripts/aot_check.py [--arch 80,90] [--quick] [--json]
 
 Uses the assembler and disassembler that Triton's wheel brings. A launch is wrong if it does not compile, needs
-more shared memory than the GPU has, lacks the tensor core instruction that it should use, or spills registers.
+more shared memory than the GPU has, lacks the tensor core instruction that it should use, spills registers, or would be
+compiled anew while it serves.
 Triton 3.6 is the gate, with no spill and no stack at all; other versions may spill a little (MAX_SPILLS), which
 the table shows. Exit code 1 if a launch is wrong. To check the gate beside another Triton:
 
@@ -54,6 +55,8 @@ FP8 = {"k_ptr": "fp8e4nv", "v_ptr": "fp8e4nv", "k_cache_ptr": "fp8e4nv", "v_cach
 """Element types of pointers to an 8-bit cache."""
 FLOAT32 = dict.fromkeys(("out_ptr", "q_ptr", "k_ptr", "v_ptr"), "fp32")
 """Element types of pointers where the compute dtype is float32, whose products are exact: no tensor core has them."""
+STEP_SIZES = ("num_rows", "num_tokens", "target", "table_width", "table_row")
+"""Integers that differ from step to step: Triton must not compile anew where one of them is 1, or a multiple of 16."""
 FLOATS = ("scale", "softcap", "eps", "offset", "q_eps", "k_eps", "q_offset", "k_offset")
 """Arguments that are numbers with a fraction."""
 ALIGNED = ("out_ptr", "part_ptr", "q_ptr", "k_ptr", "v_ptr", "q_token", "out_token", "k_block", "k_slot", "k_head",
@@ -200,6 +203,9 @@ def _tool(name: str, *arguments: str) -> str:
 def check(case: Case) -> Found:
     """Compile one launch, and judge it."""
     found = Found(case.arch, case.name)
+    anew = [param.name for param in case.kernel.params if param.name in STEP_SIZES and not param.do_not_specialize]
+    if anew:
+        found.problems.append(f"compiled anew while it serves, by {', '.join(anew)}")
     try:
         values, listing = inspect(compiled(case))
     except Exception as error:
