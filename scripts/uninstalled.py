@@ -4,7 +4,7 @@
 
 FOLDER gets the metadata that an installation would have written, for plugins are found by their entry points. The
 printed path is that folder, and the folders of the packages. Exit code 2 if a requirement is not there: bring its
-wheel along, unpack it anywhere, and put that folder on PYTHONPATH beforehand.
+wheel along, unpack it anywhere, and put that folder on PYTHONPATH beforehand. Another version is only warned of.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 
 
-def missing(requirements: Iterable[str]) -> list[str]:
-    """The requirements that this Python does not fulfil, and what it has instead."""
-    found = []
+def unmet(requirements: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(requirements that this Python lacks, those of which it has another version)."""
+    absent, other = [], []
     for text in requirements:
         requirement = Requirement(text)
         try:
             has = version(requirement.name)
         except PackageNotFoundError:
-            found.append(text)
+            absent.append(text)
             continue
         if not requirement.specifier.contains(has, prereleases=True):
-            found.append(f"{text} (there is {has})")
-    return found
+            other.append(f"{text} (there is {has})")
+    return absent, other
 
 
 def write_metadata(project: dict[str, Any], folder: Path) -> None:
@@ -59,8 +59,11 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder.resolve()
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    if lacks := missing(settings["project"]["dependencies"]):
-        print(f"{sys.executable} lacks: {'; '.join(lacks)}", file=sys.stderr)
+    absent, other = unmet(settings["project"]["dependencies"])
+    if other:
+        print(f"warning: other versions than are asked for: {'; '.join(other)}", file=sys.stderr)
+    if absent:
+        print(f"{sys.executable} lacks: {'; '.join(absent)}", file=sys.stderr)
         return 2
     write_metadata(settings["project"], folder)
     packages = settings["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]

@@ -27,8 +27,7 @@ def test_plugins_are_found_as_if_installed(tmp_path):
         assert any((Path(path) / module).is_dir() for path in paths[1:]), module
 
 
-def test_what_is_missing_is_named():
-    found = uninstalled.missing(["pluggy>=1.0", "no-such-thing-as-this>=2", "pluggy>=999"])
-    assert found[0] == "no-such-thing-as-this>=2"
-    assert found[1].startswith("pluggy>=999 (there is ")
-    assert len(found) == 2
+def test_what_is_missing_is_named_and_an_old_version_only_warned_of():
+    absent, other = uninstalled.unmet(["pluggy>=1.0", "no-such-thing-as-this>=2", "pluggy>=999"])
+    assert absent == ["no-such-thing-as-this>=2"]
+    assert other == [f"pluggy>=999 (there is {importlib.metadata.version('pluggy')})"]
