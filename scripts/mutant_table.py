@@ -549,7 +549,7 @@ MUTANTS = (
         CUDA_ATTENTION,
         "(length <= space.decode_queries,) if length",
         "(True,) if length",
-        CUDA,
+        CUDA_PROBE,
     ),
     Mutant(
         "kernel: ALiBi counts from the wrong end",
