@@ -566,10 +566,10 @@ MUTANTS = (
         CUDA,
     ),
     Mutant(
-        "kernel: an 8-bit cache overflows",
+        "kernel: what overflows an 8-bit cache is lost",
         ROW_KERNELS,
         "x = tl.where(x > LARGEST, LARGEST, tl.where(x < -LARGEST, -LARGEST, x))",
-        "x = x * 1.0",
+        "x = tl.where(x > LARGEST, 0.0, tl.where(x < -LARGEST, 0.0, x))",
         CUDA,
     ),
     Mutant(
