@@ -315,18 +315,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--quick", action="store_true", help="a few points only")
     arguments = parser.parse_args()
+    machine = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+    }
     rows = []
     for row in measurements(quick=arguments.quick):
         rows.append(row)
         print(shown(row), flush=True)
-    if arguments.json is not None:
-        machine = {
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "python": platform.python_version(),
-        }
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+        if arguments.json is not None:  # after each, so that a time limit leaves what there is
+            arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -138,8 +138,8 @@ def decode(llm: Any, vocab: int, batch: int, context: int, steps: int) -> dict[s
     return result | {"host ms": sum(parts.values())} | {name.replace("_s", " ms"): parts[name] for name in parts}
 
 
-def measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything of one shape, in this process."""
+def measure(shape: str, arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """Everything of one shape, in this process, part by part."""
     batches = [int(size) for size in arguments.batches.split(",")]
     vocab = SHAPES[shape]["vocab_size"]
     with tempfile.TemporaryDirectory() as name:
@@ -148,25 +148,41 @@ def measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
         options = dict(item.split("=", 1) for item in arguments.option)
         sizes = {"max_num_seqs": max(256, *batches), "max_num_batched_tokens": arguments.max_num_batched_tokens}
         llm = make_llm(Path(name), {"device": arguments.device} | sizes | options)
-        result: dict[str, Any] = {"start s": time.perf_counter() - begin, "config": llm.engine.config.to_dict()}
+        yield "start s", time.perf_counter() - begin
+        yield "config", llm.engine.config.to_dict()
         if "throughput" in arguments.parts:
-            result["throughput"] = throughput(llm, vocab, arguments.requests)
+            yield "throughput", throughput(llm, vocab, arguments.requests)
         for batch in batches if "decode" in arguments.parts else []:
-            result[f"decode {batch}"] = decode(llm, vocab, batch, arguments.context, arguments.steps)
+            yield f"decode {batch}", decode(llm, vocab, batch, arguments.context, arguments.steps)
         llm.shutdown()
-    return result
 
 
-def measure_peer(shape: str, script: Path, packages: Path, backend: str) -> dict[str, Any]:
-    """vLLM on the same workload, in a process of its own."""
+def measure_peer(shape: str, script: Path, packages: Path, backend: str, limit_s: int) -> dict[str, Any]:
+    """vLLM on the same workload, in a process of its own; what it has told when its time is up counts."""
     with tempfile.TemporaryDirectory() as name:
         write_checkpoint(Path(name), shape)
         settings = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         environment = os.environ | settings | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": str(packages)}
-        command = [sys.executable, str(script), name, backend]
-        answer = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    lines = [line.removeprefix("RESULT ") for line in answer.stdout.splitlines() if line.startswith("RESULT ")]
-    return {"lines": lines, "exit code": answer.returncode, "errors": "" if lines else answer.stderr[-2000:]}
+        told, errors = Path(name) / "told", Path(name) / "errors"
+        with told.open("w") as out, errors.open("w") as err:
+            command = [sys.executable, "-u", str(script), name, backend]
+            try:
+                answer = subprocess.run(command, stdout=out, stderr=err, env=environment, timeout=limit_s, check=False)
+                code: int | str = answer.returncode
+            except subprocess.TimeoutExpired:
+                code = f"none, stopped after {limit_s} s"
+        said = told.read_text(errors="replace").splitlines()
+        lines = [line.removeprefix("RESULT ") for line in said if line.startswith("RESULT ")]
+        return {"lines": lines, "exit code": code, "errors": errors.read_text(errors="replace")[-2000:]}
+
+
+def parts(shape: str, arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """(name, figures) of all that is asked for."""
+    if arguments.parts != "peer":
+        yield from measure(shape, arguments)
+    for backend in arguments.peer_backends.split(",") if arguments.peer else []:
+        found = measure_peer(shape, arguments.peer, arguments.peer_path, backend, arguments.peer_limit)
+        yield f"vllm {backend}", found
 
 
 def report(results: Mapping[str, Any]) -> None:
@@ -183,7 +199,9 @@ def report(results: Mapping[str, Any]) -> None:
                 split = ", ".join(f"{name.removesuffix(' ms')} {row[name]:.2f}" for name in list(row)[2:])
                 print(f"{shape:14}{part:12}{rate:12.0f}{row['ms']:10.3f}{row['host ms']:10.3f}   {split}")
             elif part.startswith("vllm"):
-                print("\n".join(f"{shape:14}{part}: {line}" for line in row["lines"] or [row["errors"][-300:]]))
+                told = row["lines"] or [row["errors"][-300:]]
+                told += [f"exit code {row['exit code']}"] if row["exit code"] else []
+                print("\n".join(f"{shape:14}{part}: {line}" for line in told))
 
 
 def main() -> None:
@@ -203,6 +221,7 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="script that runs vLLM")
     parser.add_argument("--peer-path", type=Path, help="folder of vLLM's packages")
     parser.add_argument("--peer-backends", default="FLASH_ATTN,TRITON_ATTN")
+    parser.add_argument("--peer-limit", type=int, default=300, help="seconds for vLLM with each of them")
     arguments = parser.parse_args()
     if arguments.table is not None:
         for file in arguments.table:
@@ -213,11 +232,10 @@ def main() -> None:
     machine = {"gpu": gpu, "torch": torch.__version__, "python": platform.python_version()}
     results: dict[str, Any] = {}
     for shape in arguments.shape or ["qwen3-0.6b"]:
-        results[shape] = measure(shape, arguments) if arguments.parts != "peer" else {}
-        for backend in arguments.peer_backends.split(",") if arguments.peer else []:
-            results[shape][f"vllm {backend}"] = measure_peer(shape, arguments.peer, arguments.peer_path, backend)
-        if arguments.json is not None:  # after each, so that a time limit leaves what there is
-            arguments.json.write_text(json.dumps({"machine": machine, "shapes": results}, indent=1, default=str))
+        for part, figures in parts(shape, arguments):
+            results.setdefault(shape, {})[part] = figures
+            if arguments.json is not None:  # after each, so that a time limit leaves what there is
+                arguments.json.write_text(json.dumps({"machine": machine, "shapes": results}, indent=1, default=str))
     report(results)
 
 

@@ -3,7 +3,8 @@
     python scripts/aot_check.py [--arch 80,90] [--quick] [--json]
 
 Uses the assembler and disassembler that Triton's wheel brings. A launch is wrong if it does not compile, needs
-more shared memory than the GPU has, lacks the tensor core instruction that it should use, or spills registers.
+more shared memory than the GPU has, lacks the tensor core instruction that it should use, spills registers, or would be
+compiled anew while it serves.
 Triton 3.6 is the gate, with no spill and no stack at all; other versions may spill a little (MAX_SPILLS), which
 the table shows. Exit code 1 if a launch is wrong. To check the gate beside another Triton:
 
@@ -43,14 +44,19 @@ MAX_SPILLS = 8
 VOCAB_SIZE = 151_936
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
-    "table_ptr": "i32", "seq_lens_ptr": "i32", "query_start_ptr": "i32", "split_start_ptr": "i32", "chunk_ptr": "i32",
-    "end_ptr": "i32", "part_ptr": "fp32", "part_lse_ptr": "fp32", "sink_ptr": "fp32", "slope_ptr": "fp32",
+    "table_ptr": "i32", "seq_lens_ptr": "i32", "query_start_ptr": "i32", "split_start_ptr": "i32",
+    "block_start_ptr": "i32", "work_start_ptr": "i32", "chunk_ptr": "i32",
+    "part_ptr": "fp32", "part_lse_ptr": "fp32", "sink_ptr": "fp32", "slope_ptr": "fp32",
     "cos_ptr": "fp32", "sin_ptr": "fp32", "slots_ptr": "i64", "logits_ptr": "fp32", "temperature_ptr": "fp32",
     "top_k_ptr": "i32", "top_p_ptr": "fp32", "min_p_ptr": "fp32", "seed_ptr": "i64", "position_ptr": "i64",
 }  # fmt: skip
 """Element types of pointers; all others point to the compute dtype."""
 FP8 = {"k_ptr": "fp8e4nv", "v_ptr": "fp8e4nv", "k_cache_ptr": "fp8e4nv", "v_cache_ptr": "fp8e4nv"}
 """Element types of pointers to an 8-bit cache."""
+FLOAT32 = dict.fromkeys(("out_ptr", "q_ptr", "k_ptr", "v_ptr"), "fp32")
+"""Element types of pointers where the compute dtype is float32, whose products are exact: no tensor core has them."""
+STEP_SIZES = ("num_rows", "num_tokens", "target", "table_width", "table_row")
+"""Integers that differ from step to step: Triton must not compile anew where one of them is 1, or a multiple of 16."""
 FLOATS = ("scale", "softcap", "eps", "offset", "q_eps", "k_eps", "q_offset", "k_offset")
 """Arguments that are numbers with a fraction."""
 ALIGNED = ("out_ptr", "part_ptr", "q_ptr", "k_ptr", "v_ptr", "q_token", "out_token", "k_block", "k_slot", "k_head",
@@ -107,6 +113,10 @@ def cases(arch: int, *, quick: bool = False) -> Iterator[Case]:
     if not quick:
         yield attention(arch, "prefill D128 window sinks", tuning.prefill, 128, split=False, WINDOW=128, SINKS=True)
         yield attention(arch, "prefill D128 ALiBi", tuning.prefill, 128, split=False, ALIBI=True)
+        for head_dim in (128, 256):
+            tuning = tuning_for(capability, head_dim, 32, exact=True)
+            yield attention(arch, f"decode D{head_dim} fp32", tuning.decode, head_dim, split=True, types=FLOAT32)
+            yield attention(arch, f"prefill D{head_dim} fp32", tuning.prefill, head_dim, split=False, types=FLOAT32)
     if capability >= FIRST_WITH_FP8:
         tuning = tuning_for(capability, 128, 8)
         yield attention(arch, "decode D128 fp8", tuning.decode, 128, split=True, types=FP8)
@@ -123,10 +133,12 @@ def attention(
     constants = {
         "HEADS": 32, "GROUP": 4, "D": head_dim, "D_PAD": head_dim, "DV": head_dim, "DV_PAD": head_dim,
         "BLOCK_SIZE": 16, "BLOCK_M": launch.block_m, "TILE": launch.tile, "SPLIT": split, "WINDOW": 0,
-        "SOFTCAP": False, "SINKS": False, "ALIBI": False, "PRECISION": "tf32", **features,
+        "SOFTCAP": False, "SINKS": False, "ALIBI": False, "PRECISION": "ieee" if types is FLOAT32 else "tf32",
+        **features,
     }  # fmt: skip
     is_new = not split and launch.block_m >= 64
     wanted = TENSOR_CORE.get(arch, OLDER_TENSOR_CORE) if is_new else OLDER_TENSOR_CORE
+    wanted = None if types is FLOAT32 else wanted
     return Case(arch, name, paged_attention_kernel, constants, launch.num_warps, launch.num_stages, types or {}, wanted)
 
 
@@ -135,7 +147,8 @@ def small_kernels(arch: int) -> Iterator[Case]:
     heads = {"HEADS": 32, "KV_HEADS": 8, "D": 128, "D_PAD": 128, "DV": 128, "DV_PAD": 128, "TILE": 8}
     prepare = {**heads, "HALF": 64, "NEOX": True, "Q_NORM": 1, "K_NORM": 1, "LARGEST": 0.0}
     sample = {"VOCAB": VOCAB_SIZE, "BLOCK": CudaSampler.block, "BLOCKS": num_blocks(VOCAB_SIZE, CudaSampler.block)}
-    yield Case(arch, "plan", plan_kernel, {"TILE": 64, "MIN_TILES": 2, "ROWS": 256}, 4)
+    plan = {"DECODE_QUERIES": 4, "BLOCK_Q": 32, "TILE": 64, "MIN_TILES": 2, "WINDOW": 512, "ROWS": 256}
+    yield Case(arch, "plan", plan_kernel, plan, 4)
     yield Case(arch, "combine", combine_kernel, {"HEADS": 32, "DV": 128, "DV_PAD": 128, "BLOCK_Q": 4}, 4)
     norm = {"SIZE": 4096, "BLOCK": 4096, "RESIDUAL": True, "OFFSET": False}
     yield Case(arch, "rms_norm", rms_norm_kernel, norm, 8)
@@ -190,6 +203,9 @@ def _tool(name: str, *arguments: str) -> str:
 def check(case: Case) -> Found:
     """Compile one launch, and judge it."""
     found = Found(case.arch, case.name)
+    anew = [param.name for param in case.kernel.params if param.name in STEP_SIZES and not param.do_not_specialize]
+    if anew:
+        found.problems.append(f"compiled anew while it serves, by {', '.join(anew)}")
     try:
         values, listing = inspect(compiled(case))
     except Exception as error:

@@ -11,6 +11,7 @@ BATCH = "tests/engine/test_batch_and_dispatch.py"
 OVERLAP = "tests/engine/test_overlapping_steps.py"
 TEXT = "tests/tokenizer"
 CUDA = "tests/cuda_paged/test_cuda_attention.py"
+CUDA_PROBE = "tests/cuda_paged/test_probe_and_tuning.py"
 CUDA_SAMPLER = "tests/cuda_paged/test_cuda_sampler.py"
 CUDA_OPS = "tests/cuda_paged/test_cuda_ops.py"
 REMOTE = "tests/remote/test_remote_engine.py"
@@ -38,6 +39,7 @@ RADIX = "framework/quire/kv/radix.py"
 CONTINUOUS = "framework/quire/scheduling/continuous.py"
 SAMPLER = "framework/quire/sampling/sampler.py"
 PROCESSORS = "framework/quire/sampling/processors.py"
+CUDA_ATTENTION = "plugins/cuda_paged/quire_cuda_paged/attention.py"
 KERNELS = "plugins/cuda_paged/quire_cuda_paged/kernels.py"
 SAMPLING_KERNELS = "plugins/cuda_paged/quire_cuda_paged/sampling_kernels.py"
 ROW_KERNELS = "plugins/cuda_paged/quire_cuda_paged/row_kernels.py"
@@ -213,8 +215,8 @@ MUTANTS = (
     Mutant(
         "scheduler: budget ignored",
         CONTINUOUS,
-        "count = min(request.num_tokens - request.num_computed_tokens, round_.budget)",
-        "count = request.num_tokens - request.num_computed_tokens",
+        "count = min(missing, round_.budget)",
+        "count = missing",
         SCHEDULING,
     ),
     Mutant(
@@ -364,8 +366,8 @@ MUTANTS = (
     Mutant(
         "overlap: a followed request does not wait for its token",
         CONTINUOUS,
-        "if request.num_pending_tokens and request.request_id in self._unhurried:",
-        "if False:",
+        "return request.request_id in self._unhurried or request.num_output_tokens",
+        "return request.num_output_tokens",
         OVERLAP,
     ),
     Mutant("overlap: one buffer for all steps", STAGING, "IN_FLIGHT = 2", "IN_FLIGHT = 1", BATCH),
@@ -388,6 +390,27 @@ MUTANTS = (
         "framework/quire/engine/engine.py",
         "len(self._flying) >= self._depth or future.done()",
         "len(self._flying) >= self._depth",
+        OVERLAP,
+    ),
+    Mutant(
+        "overlap: a step that fails when it is awaited ends all of its requests",
+        RUNNER,
+        "        if len(rows) == 1:\n            return\n        try:",
+        "        if rows:\n            return\n        try:",
+        OVERLAP,
+    ),
+    Mutant(
+        "overlap: processors keep the tokens of a failed step",
+        RUNNER,
+        "            for row in anew:",
+        "            for row in ():",
+        OVERLAP,
+    ),
+    Mutant(
+        "overlap: what was launched on the tokens of a failed step stands",
+        RUNNER,
+        "for step in later if launched.error is None else ():",
+        "for step in ():",
         OVERLAP,
     ),
     Mutant(
@@ -532,7 +555,7 @@ MUTANTS = (
     Mutant(
         "kernel: padding is left as it was",
         KERNELS,
-        "tl.load(end_ptr), num_tokens",
+        "tl.load(query_start_ptr + num_rows), num_tokens",
         "num_tokens, num_tokens",
         CUDA,
     ),
@@ -544,10 +567,38 @@ MUTANTS = (
         CUDA,
     ),
     Mutant(
+        "kernel: parts are counted from the first tile, not the window's",
+        KERNELS,
+        "        low += part * chunk\n        high = tl.minimum(high, low + chunk)",
+        "        high = tl.minimum(high, (part + 1) * chunk)\n        low = tl.maximum(low, part * chunk)",
+        CUDA,
+    ),
+    Mutant(
+        "kernel: a decode row is served as a prefill row too",
+        KERNELS,
+        "blocks = tl.where(is_decode, 0, (query_len + BLOCK_Q - 1) // BLOCK_Q)",
+        "blocks = (query_len + BLOCK_Q - 1) // BLOCK_Q",
+        CUDA_PROBE,
+    ),
+    Mutant(
+        "kernel: prefill rows are planned as decode rows",
+        KERNELS,
+        "tiles = tl.where(is_decode, tiles, 0)",
+        "tiles = tiles * 1",
+        CUDA_PROBE,
+    ),
+    Mutant(
+        "kernel: a step of equal rows takes the decode shape, however long they are",
+        CUDA_ATTENTION,
+        "(length <= space.decode_queries,) if length",
+        "(True,) if length",
+        CUDA_PROBE,
+    ),
+    Mutant(
         "kernel: ALiBi counts from the wrong end",
         KERNELS,
-        "slopes[:, None] * (key[None, :] - position[:, None])",
-        "slopes[:, None] * (position[:, None] - key[None, :])",
+        "slopes[:, None] * (key.to(tl.float32)[None, :] - position.to(tl.float32)[:, None])",
+        "slopes[:, None] * (position.to(tl.float32)[:, None] - key.to(tl.float32)[None, :])",
         CUDA,
     ),
     Mutant(
@@ -558,10 +609,10 @@ MUTANTS = (
         CUDA,
     ),
     Mutant(
-        "kernel: an 8-bit cache overflows",
+        "kernel: what overflows an 8-bit cache is lost",
         ROW_KERNELS,
         "x = tl.where(x > LARGEST, LARGEST, tl.where(x < -LARGEST, -LARGEST, x))",
-        "x = x * 1.0",
+        "x = tl.where(x > LARGEST, 0.0, tl.where(x < -LARGEST, 0.0, x))",
         CUDA,
     ),
     Mutant(

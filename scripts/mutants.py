@@ -1,6 +1,6 @@
 """Seeds each fault of `mutant_table` into a copy of the tree and shows that the tests notice it.
 
-    python scripts/mutants.py [--only TEXT]
+    python scripts/mutants.py [--only TEXT] [--limit SECONDS]
 
 Exit code 1 if one survives.
 """
@@ -20,12 +20,13 @@ from mutant_table import MUTANTS, Mutant
 ROOT = Path(__file__).parents[1]
 COPIED = ("framework", "plugins", "server", "tests", "scripts", "pyproject.toml")
 LIMIT_S = 150
-"""A fault that makes the tests hang for so long has been noticed."""
+"""A fault that makes the tests hang for so long has been noticed. It must be more than they take without one."""
+SURVIVED = "SURVIVED"
 PACKAGES = ("framework", "plugins/cpu_native", "plugins/cpu_ref", "plugins/cuda_paged", "plugins/quant", "server")
 
 
-def is_killed(mutant: Mutant, tree: Path) -> bool:
-    """Whether the mutant's tests fail in a tree that has the fault."""
+def verdict(mutant: Mutant, tree: Path, limit_s: int) -> str:
+    """What the mutant's tests make of a tree that has the fault: `killed`, `hangs` or `SURVIVED`."""
     path = tree / mutant.file
     original = path.read_text(encoding="utf-8")
     if original.count(mutant.old) != 1:
@@ -41,24 +42,25 @@ def is_killed(mutant: Mutant, tree: Path) -> bool:
             cwd=tree,
             env={**os.environ, "PYTHONPATH": paths},
             capture_output=True,
-            timeout=LIMIT_S,
+            timeout=limit_s,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return True  # a fault that hangs is noticed
+        return "hangs"
     finally:
         path.write_text(original, encoding="utf-8")
     if answer.returncode not in (0, 1):
         raise SystemExit(f"{mutant.name}: pytest could not run:\n{answer.stdout.decode()[-2000:]}")
-    return answer.returncode == 1
+    return "killed" if answer.returncode == 1 else SURVIVED
 
 
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="mutants whose name contains this text")
-    wanted = parser.parse_args().only
-    chosen = [mutant for mutant in MUTANTS if wanted in mutant.name]
+    parser.add_argument("--limit", type=int, default=LIMIT_S, help="seconds after which tests hang")
+    arguments = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if arguments.only in mutant.name]
     survivors = 0
     with tempfile.TemporaryDirectory() as name:
         tree = Path(name)
@@ -69,9 +71,9 @@ def main() -> int:
             else:
                 shutil.copy(source, tree / entry)
         for index, mutant in enumerate(chosen, start=1):
-            killed = is_killed(mutant, tree)
-            survivors += not killed
-            print(f"{index:3}/{len(chosen)}  {'killed' if killed else 'SURVIVED':9} {mutant.name}", flush=True)
+            found = verdict(mutant, tree, arguments.limit)
+            survivors += found == SURVIVED
+            print(f"{index:3}/{len(chosen)}  {found:9} {mutant.name}", flush=True)
     print(f"{len(chosen) - survivors} killed, {survivors} survived")
     return 1 if survivors else 0
 

@@ -9,6 +9,7 @@ from quire import LLM, ConfigError, SamplingParams
 from quire.contract.executor import Executor
 from quire.contract.sampling import LogitsProcessor
 from quire.engine.inproc import InprocExecutor
+from quire.engine.runner import Runner
 from quire.registry import HostOptions, build_host
 from quire.testing.delayed import DelayedDevice, LateCopy
 
@@ -270,6 +271,60 @@ def test_one_poisonous_request_among_steps_in_flight(overlapping, monkeypatch):
     assert bad.error.startswith("the step failed")
     assert bad.error.endswith(": RuntimeError: poison")
     assert engine.kv_stats().used == 0
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_poisonous_request_that_shows_when_its_step_is_awaited_ends_alone(overlap, checkpoint, host, monkeypatch):
+    """The step behind it was launched on tokens that nobody sampled; all others' outputs are what they should be."""
+    llm = LLM(checkpoint("llama"), host=host, num_kv_blocks=200, device="delayed", async_scheduling=overlap, **OPTIONS)
+    good = [[5, 6, 7 + index] for index in range(6)]
+    common = {"max_tokens": 12, "ignore_eos": True, "temperature": 0.9, "seed": 4, "logprobs": 1}
+    params = [
+        SamplingParams(**common, repetition_penalty=1.2, frequency_penalty=0.5,
+                       extra_args={"no_echo": 1} if index == 2 else None)
+        for index in range(len(good))
+    ]  # fmt: skip
+    expected = [output.outputs[0] for output in llm.generate(good, params, use_tqdm=False)]
+    engine, (wait, launch) = llm.engine, (LateCopy.wait, Runner._launch_rows)
+    poisoned, failures = set(), []
+
+    def launched(runner, rows, times):
+        running = launch(runner, rows, times)
+        if any(row.request_id.startswith("bad") for row in rows):
+            poisoned.add(running.copy)
+            table = runner._rows.token_ids  # what a broken kernel leaves
+            for row in rows:
+                if row.samples:
+                    table[row.slot, row.num_computed_tokens + row.num_new_tokens] = 3
+        return running
+
+    def broken(copy):
+        tensors = wait(copy)
+        if copy in poisoned:
+            failures.append(copy)
+            raise RuntimeError("device-side assert")
+        return tensors
+
+    monkeypatch.setattr(Runner, "_launch_rows", launched)
+    monkeypatch.setattr(LateCopy, "wait", broken)
+    for index, prompt in enumerate(good[:4]):
+        engine.add(engine.prepare(f"good {index}", prompt, params[index]))
+    deltas = engine.step() + engine.step() + engine.step()
+    for index, prompt in enumerate(good[4:], start=4):
+        engine.add(engine.prepare(f"good {index}", prompt, params[index]))
+    engine.add(engine.prepare("bad", [5, 6], params[0]))
+    while engine.has_work():
+        deltas += engine.step()
+    for index, output in enumerate(expected):
+        mine = [delta for delta in deltas if delta.request_id == f"good {index}"]
+        assert [token for delta in mine for token in delta.token_ids] == output.token_ids, index
+        assert [entry for delta in mine for entry in delta.logprobs or ()] == output.logprobs
+    (bad,) = [delta for delta in deltas if delta.request_id == "bad"]
+    assert bad.finish_reason == "error"
+    assert bad.error.endswith(": RuntimeError: device-side assert")
+    assert 2 < len(failures) < 14
+    assert engine.kv_stats().used == 0
+    engine.parts.allocator.check()
 
 
 def test_a_request_that_breaks_its_step_is_one_failure(overlapping, monkeypatch):

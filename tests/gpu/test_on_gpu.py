@@ -6,10 +6,13 @@ The kernels are imported within the tests, as importing them decides whether the
 import pytest
 import torch
 from quire import LLM, SamplingParams
+from quire.plugin import SamplerInit
+from quire.sampling.sampler import TorchSampler
 from quire.testing.attention import AttentionConformance
 from quire.testing.attention_problems import TOLERANCE
 from quire.testing.device import DeviceConformance
 from quire.testing.op import OpConformance
+from quire.testing.sampler import RowParams, SamplerConformance, sampling_batch
 from quire_cuda_paged.device import CudaDevice
 from quire_cuda_paged.probe import missing
 
@@ -35,6 +38,37 @@ class TestOpsOnGpu(OpConformance):
         from quire_cuda_paged.ops import CudaOps
 
         return CudaOps(self.init(self.device))
+
+
+class TestSamplerOnGpu(SamplerConformance):
+    device = "cuda"
+
+    @pytest.fixture
+    def sampler_class(self):
+        from quire_cuda_paged.sampler import CudaSampler
+
+        return CudaSampler
+
+
+@pytest.mark.parametrize("vocab_size", [60, 2500, 151_936])
+def test_the_sampler_draws_the_reference_samplers_tokens(vocab_size):
+    from quire_cuda_paged.sampler import CudaSampler
+
+    logits = torch.randn(64, vocab_size, generator=torch.Generator().manual_seed(0)) * 3
+    logits[::4] = logits[::4].round()  # ties
+    rows = [
+        RowParams(
+            (0.0, 0.3, 1.0, 2.0)[i % 4], (0, 1, 50)[i % 3], (1.0, 0.9, 1e-6)[i // 3 % 3], 0.02 * (i % 2), i, 7 * i
+        )
+        for i in range(64)
+    ]
+    ours, exact = (
+        kind(SamplerInit(torch.device(device), vocab_size, 64))
+        .sample(logits.to(device, copy=True), sampling_batch(rows, device))
+        .tolist()
+        for kind, device in ((CudaSampler, "cuda"), (TorchSampler, "cpu"))
+    )
+    assert ours == exact
 
 
 class TestCudaDevice(DeviceConformance):

@@ -36,7 +36,7 @@ def isolate(
     if all(result.error is not None for result in results):
         raise error
     culprits = [result.request_id for result in results if result.error is not None]
-    logger.error("a step of %d rows failed; ended %s", len(rows), ", ".join(culprits), exc_info=error)
+    logger.error("a step of %d rows failed; ended %s", len(rows), ", ".join(culprits) or "nobody", exc_info=error)
     return results
 
 

@@ -7,7 +7,7 @@ step that first needs them. The host keeps block tables as well, for it computes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,16 +15,13 @@ from torch import Tensor
 
 from quire.contract.request import NewRow, Schedule
 from quire.engine.staging import Staging
-from quire.params import SamplingParams
 
 
 @dataclass(slots=True)
 class Row:
-    """What the runner remembers of the request in a slot."""
+    """What the runner remembers of the request in a slot. `new`: as it came, without its tokens."""
 
-    request_id: str
-    params: SamplingParams
-    num_prompt_tokens: int
+    new: NewRow
     num_blocks: int = 0
 
 
@@ -107,8 +104,8 @@ class RowTable:
 
     def _take(self, new: NewRow) -> None:
         if new.slot in self.rows:
-            raise AssertionError(f"slot {new.slot} is taken by {self.rows[new.slot].request_id!r}")
-        self.rows[new.slot] = Row(new.request_id, new.params, new.num_prompt_tokens)
+            raise AssertionError(f"slot {new.slot} is taken by {self.rows[new.slot].new.request_id!r}")
+        self.rows[new.slot] = Row(replace(new, token_ids=()))
         self._new_rows.append(new)
 
     def _release(self, slot: int) -> None:

@@ -8,7 +8,7 @@ from step to step through the device's own table of tokens (`RowTable`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -85,14 +85,19 @@ class _Running:
     copy: HostCopy
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Launched:
-    """A step that was launched: its rows on the device, or their results where the host had to wait already."""
+    """A step that was launched: its rows on the device, or what came of them once the host has waited.
+
+    `waited`: seconds that it waited for. `error`: what the step failed with, if all of its rows did.
+    """
 
     schedule: Schedule
     times: _Times
     running: _Running | None = None
     results: tuple[RowResult, ...] = ()
+    waited: float = 0.0
+    error: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +129,7 @@ class Runner:
         self._builder = BatchBuilder(self._rows, self._staging, parts.max_num_batched_tokens, parts.block_size)
         self._dispatcher = GraphDispatcher(keys, parts.graph_support, parts.max_num_seqs, parts.max_num_batched_tokens)
         self._kv: tuple[KVCaches, ...] = ()
+        self._flying: list[Launched] = []
 
     @property
     def dispatcher(self) -> GraphDispatcher:
@@ -153,36 +159,81 @@ class Runner:
     @torch.inference_mode()
     def launch(self, schedule: Schedule) -> Launched:
         """Hand one schedule to the device. What fails for single rows is their result; what does for all is raised."""
-        times = _Times(time.perf_counter())
+        launched = Launched(schedule, _Times(time.perf_counter()))
         self._apply(schedule)
-        if schedule.is_empty:
-            return Launched(schedule, times)
+        self._start(launched)
+        if launched.error is not None:
+            raise launched.error
+        self._flying.append(launched)
+        return launched
+
+    @torch.inference_mode()
+    def collect(self, launched: Launched) -> StepResult:
+        """Wait for a launched step, and bring its results to the host. Fails as `launch` does."""
+        self._settle(launched)
+        self._flying.remove(launched)
+        if launched.error is not None:
+            raise launched.error
+        times = launched.times
+        step_id = launched.schedule.step_id
+        return StepResult(step_id, launched.results, times.build, times.forward, times.sample, launched.waited)
+
+    def _start(self, launched: Launched) -> None:
+        """Launch the step's rows; if that fails, wait for all that runs, and find out who is to blame."""
+        if launched.schedule.is_empty:
+            return
         try:
-            return Launched(schedule, times, self._launch_rows(schedule.rows, times))
+            launched.running = self._launch_rows(launched.schedule.rows, launched.times)
         except Exception as error:
-            if len(schedule.rows) == 1:
-                raise
+            for earlier in self._flying:
+                self._settle(earlier)
+            self._take_apart(launched, error)
+
+    def _settle(self, launched: Launched) -> None:
+        """Have the step's results here. A failure that only shows now is looked into as one at the launch is."""
+        running, launched.running = launched.running, None
+        if running is None:
+            return
+        began = time.perf_counter()
+        try:
+            running.copy.wait()
+            launched.times.since = time.perf_counter()
+            launched.waited = launched.times.since - began
+            launched.results = self._collect_rows(running, launched.times)
+        except Exception as error:
+            later = self._flying[self._flying.index(launched) + 1 :]
+            # Processors have seen tokens that the failed step did not really sample.
+            anew = {row.slot: row for step in (*later[::-1], launched) for row in step.schedule.rows if row.samples}
+            self._take_apart(launched, error, anew.values())
+            for step in later if launched.error is None else ():
+                step.running, step.results, step.error = None, (), None
+                self._start(step)
+
+    def _take_apart(self, launched: Launched, error: Exception, anew: Iterable[ScheduledRow] = ()) -> None:
+        """Run the rows of a failed step in parts. `anew`: rows whose processors must start from their tokens again."""
+        rows, times = launched.schedule.rows, launched.times
+        launched.error = error
+        if len(rows) == 1:
+            return
+        try:
             self._parts.device.synchronize()  # the buffers that take turns are all free then
-            results = isolate(
-                schedule.rows,
+            for row in anew:
+                self._begin_anew(row)
+            launched.results = isolate(
+                rows,
                 error,
                 lambda part: self._collect_rows(self._launch_rows(part, times), times),
                 self._parts.blame,
             )
-        return Launched(schedule, times, results=results)
+            launched.error = None
+        except Exception as failure:
+            launched.error = failure
 
-    @torch.inference_mode()
-    def collect(self, launched: Launched) -> StepResult:
-        """Wait for a launched step, and bring its results to the host."""
-        times, waited = launched.times, time.perf_counter()
-        rows = launched.results
-        if launched.running is not None:
-            launched.running.copy.wait()
-            waited, times.since = time.perf_counter() - waited, time.perf_counter()
-            rows = self._collect_rows(launched.running, times)
-        else:
-            waited = 0.0
-        return StepResult(launched.schedule.step_id, rows, times.build, times.forward, times.sample, waited)
+    def _begin_anew(self, row: ScheduledRow) -> None:
+        new = self._rows.rows[row.slot].new
+        tokens = self._rows.token_ids[row.slot, : row.num_computed_tokens + row.num_new_tokens].tolist()
+        self._parts.pipeline.remove(row.slot)
+        self._parts.pipeline.add(row.slot, _processor_request(new, tokens), new.seed)
 
     def _launch_rows(self, rows: Sequence[ScheduledRow], times: _Times) -> _Running:
         key = self._pick(rows)
@@ -205,7 +256,7 @@ class Runner:
             self._parts.pipeline.remove(slot)
         self._rows.apply(schedule)
         for new in schedule.new_rows:
-            self._parts.pipeline.add(new.slot, _processor_request(new), new.seed)
+            self._parts.pipeline.add(new.slot, _processor_request(new, new.token_ids), new.seed)
         if schedule.copies:
             self._copy_blocks(schedule.copies)
 
@@ -270,7 +321,7 @@ class Runner:
         found: dict[str, _Prompt] = {}
         start = 0
         for row in rows:
-            known = self._rows.rows[row.slot]
+            known = self._rows.rows[row.slot].new
             wanted = known.params.prompt_logprobs
             first = row.num_computed_tokens
             count = min(row.num_new_tokens, known.num_prompt_tokens - 1 - first)
@@ -298,25 +349,27 @@ class Runner:
             for (request_id, prompt), figures in zip(running.prompts.items(), tensors, strict=False)
         }
         sampled = None if running.sampled is None else running.sampled.read(tensors[len(running.prompts) :])
-        results, at = [], 0
+        results, told, at = [], [], 0
         for row in running.rows:
             prompt = prompts.get(row.request_id, ())
             if sampled is None or not row.samples:
                 results.append(RowResult(row.request_id, prompt_logprobs=prompt))
                 continue
             token, entry, error = sampled.token_ids[at], sampled.logprobs[at], sampled.errors[at]
-            self._parts.pipeline.told(row.slot, token)
+            told.append((row.slot, token))
             results.append(RowResult(row.request_id, token, entry, prompt, error))
             at += 1
+        for slot, token in told:  # once nothing can fail any more
+            self._parts.pipeline.told(slot, token)
         times.sample += times.lap()
         return tuple(results)
 
 
-def _processor_request(new: NewRow) -> ProcessorRequest:
+def _processor_request(new: NewRow, token_ids: Sequence[int]) -> ProcessorRequest:
     return ProcessorRequest(
         request_id=new.request_id,
         params=new.params,
-        token_ids=new.token_ids,
+        token_ids=token_ids,
         num_prompt_tokens=new.num_prompt_tokens,
         stop_token_ids=new.stop_token_ids,
     )

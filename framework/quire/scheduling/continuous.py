@@ -42,6 +42,7 @@ class ContinuousScheduler(Scheduler):
         self._waiting = WaitingQueue(init.policy, init.clock)
         # Tokens that the whole pool can hold for one request.
         self._capacity = init.allocator.stats().total * init.allocator.init.block_size
+        self._longest = min(init.max_model_len, self._capacity)
         self._running: dict[str, Request] = {}
         self._requests: dict[str, Request] = {}
         self._free_slots = list(range(init.max_num_seqs - 1, -1, -1))
@@ -108,23 +109,23 @@ class ContinuousScheduler(Scheduler):
     # Scheduling -------------------------------------------------------------------------------
 
     def _schedule_running(self, round_: Round) -> None:
+        behind = [(request.num_tokens - request.num_computed_tokens, request) for request in self._running.values()]
         # Decodes first: a long prompt must not hold up everybody's next token.
-        for request in sorted(self._running.values(), key=_is_prefill):
+        for missing, request in sorted(behind, key=_is_prefill):
             if round_.budget == 0:
                 return
-            if request.request_id not in self._running or not self._wants_step(request):
+            if missing <= 0 or self._must_wait(request) or request.request_id not in self._running:
                 continue
-            count = min(request.num_tokens - request.num_computed_tokens, round_.budget)
+            count = min(missing, round_.budget)
             if self._make_room(request, count, round_):
                 self._take_row(round_, request, count)
 
-    def _wants_step(self, request: Request) -> bool:
-        """Whether there is something to compute that no scheduled step computes, and the length allows it."""
-        if request.num_pending_tokens and request.request_id in self._unhurried:
+    def _must_wait(self, request: Request) -> bool:
+        """Whether the next token depends on pending ones: the host follows them, or they may be the last."""
+        pending = request.num_pending_tokens
+        if not pending:
             return False
-        expected = request.num_output_tokens + request.num_pending_tokens
-        is_complete = request.num_pending_tokens > 0 and expected >= request.max_tokens
-        return request.num_computed_tokens < request.num_tokens and not is_complete
+        return request.request_id in self._unhurried or request.num_output_tokens + pending >= request.max_tokens
 
     def _make_room(self, request: Request, count: int, round_: Round) -> bool:
         """Grant the request's blocks, preempting others if need be; False if it was preempted itself."""
@@ -284,13 +285,11 @@ class ContinuousScheduler(Scheduler):
         return result.prompt_logprobs[max(0, told - row.num_computed_tokens) :]
 
     def _stop_reason(self, request: Request) -> FinishReason | None:
-        token = request.output_token_ids[-1]
-        if token in request.stop_token_ids and request.num_output_tokens >= request.params.min_tokens:
+        token, count = request.output_token_ids[-1], request.num_output_tokens
+        if token in request.stop_token_ids and count >= request.params.min_tokens:
             request.stop_reason = token if token in request.params.stop_token_ids else None
             return FinishReason.STOP
-        known = request.num_prompt_tokens + request.num_output_tokens
-        limit = min(self.init.max_model_len, self._capacity)
-        if request.num_output_tokens >= request.max_tokens or known >= limit:
+        if count >= request.max_tokens or request.num_prompt_tokens + count >= self._longest:
             return FinishReason.LENGTH
         return None
 
@@ -340,5 +339,5 @@ class ContinuousScheduler(Scheduler):
         )
 
 
-def _is_prefill(request: Request) -> bool:
-    return request.num_tokens - request.num_computed_tokens > 1
+def _is_prefill(behind: tuple[int, Request]) -> bool:
+    return behind[0] > 1

@@ -128,19 +128,53 @@ class AttentionPromises(AttentionHarness):
             Problem.make(make_layer(layer), ([count] * 4, contexts), torch.float32, seed=seed)
             for seed, contexts in enumerate(([4, 15, 29, 0], [3, 20, 2, 9]))
         )
-        static = placed(dataclasses.replace(first.case.batch, max_seq_len=128), self.device)
+        self._serve_later(backend, first, second)
+
+    @pytest.mark.parametrize("layer", ["gqa", "window", "sinks"])
+    def test_a_captured_plan_serves_other_mixes(self, backend_class: type[AttentionBackend], layer: str) -> None:
+        """What a graph captured with padding alone is right for any step of its size, decode and prefill rows mixed.
+
+        If it fails: a launch, its grid or a scalar depends on which rows are decode rows. Decide that on the device,
+        from `query_start_loc`, or declare UNIFORM in `caps.graph`.
+        """
+        if backend_class.caps.graph is not GraphSupport.ANY:
+            pytest.skip("does not declare graphs of mixed steps")
+        backend = self.make(backend_class, make_layer(layer), torch.float32, 16)
+        first = Problem.make(make_layer(layer), ([0], [0]), torch.float32, padding=(4, 24))
+        for query_lens, contexts in (([1, 9, 1, 6], [30, 0, 7, 20]), ([1, 1, 2], [5, 40, 0]), ([24], [3])):
+            padding = (5 - len(query_lens), 24 - sum(query_lens))
+            later = Problem.make(make_layer(layer), (query_lens, contexts), torch.float32, padding=padding)
+            self._serve_later(backend, first, later)
+
+    def _serve_later(self, backend: AttentionBackend, first: Problem, second: Problem) -> None:
+        """Plan the first step as for a graph, then the second at the same addresses; attend by the first one's plan."""
+        batch = first.case.batch
+        is_mixed = not second.case.batch.uniform_query_len or first.query_lens == [0]
+        batch = dataclasses.replace(
+            batch,
+            uniform_query_len=0 if is_mixed else batch.uniform_query_len,
+            max_query_len=batch.num_tokens,
+            max_seq_len=128,
+            block_table=torch.zeros(batch.num_reqs, 8, dtype=torch.int32),
+        )
+        static = placed(batch, self.device)
         captured = backend.plan(static)
         problem = placed(second, self.device)
         for field in dataclasses.fields(static):
-            if isinstance(value := getattr(static, field.name), Tensor):
+            if field.name != "block_table" and isinstance(value := getattr(static, field.name), Tensor):
                 value.copy_(getattr(problem.case.batch, field.name))
+        blocks = problem.case.batch.block_table
+        static.block_table.zero_()[:, : blocks.shape[1]] = blocks
         caches, (k, v) = problem.fill(backend, float("nan")), problem.new_kv()
         backend.write_kv(problem.layer, k, v, caches, static)
         backend.plan(static)
-        out = problem.q.new_empty(static.num_tokens, problem.layer.num_heads, problem.layer.v_head_dim)
+        out = problem.q.new_full((static.num_tokens, problem.layer.num_heads, problem.layer.v_head_dim), float("nan"))
         backend.forward(problem.layer, problem.q, k, v, caches, static, captured, out)
+        assert torch.isfinite(out).all(), "the result must be finite, padding included"
         exact = torch.cat(second.expected(backend))
-        torch.testing.assert_close(out.cpu().double(), exact, atol=self.tolerance[torch.float32], rtol=1e-4)
+        torch.testing.assert_close(
+            out[: len(exact)].cpu().double(), exact, atol=self.tolerance[torch.float32], rtol=1e-4
+        )
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("layer", LAYERS)

@@ -89,12 +89,22 @@ class _Decoder:
     def add(self, token: int) -> str:
         if token in self._silent:
             return ""
+        if self._before is not None and self._done == len(self._window) and (text := self._alone(token)):
+            self._window, self._done, self._before = [token], 1, text
+            return text
         self._window.append(token)
         text = self._fresh(len(self._window))
         if not text or text.endswith(INCOMPLETE):
             return self._overdue(text) if len(self._window) - self._done > LIMIT else ""
         self._advance(len(self._window))
         return text
+
+    def _alone(self, token: int) -> str:
+        """What the token adds to whole characters, where that is its own text whatever they are; else nothing."""
+        if not self._tokenizer.is_bytewise or self._before is None or self._before.endswith(INCOMPLETE):
+            return ""
+        text = self._tokenizer.token_text(token, skip_special_tokens=self._skip)
+        return "" if INCOMPLETE in text else text
 
     def flush(self) -> str:
         text = self._fresh(len(self._window))

@@ -19,6 +19,10 @@ TRUSTED_ROLES = frozenset({"system", "developer", "assistant"})
 class Tokenizer:
     """Wraps the tokenizer that transformers loads from a checkpoint. Safe to use from several threads.
 
+    Attributes:
+        stop_token_ids: tokens that end an output. special_token_ids: those that are no text.
+        is_bytewise: each token stands for the same bytes whatever surrounds it.
+
     Args:
         folder: the checkpoint.
         generation_config: the checkpoint's generation_config.json, which may name further end tokens.
@@ -37,6 +41,7 @@ class Tokenizer:
         chat_template: str | None = None,
         template_timeout: float | None = None,
     ) -> None:
+        from tokenizers.decoders import ByteLevel
         from transformers import AutoTokenizer
 
         try:
@@ -50,6 +55,7 @@ class Tokenizer:
             self._tokenizer.chat_template = chat_template
         self._renderer = Renderer(template_timeout)
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        self.is_bytewise = isinstance(getattr(self._backend, "decoder", None), ByteLevel)
         self._token_texts: tuple[dict[int, str], dict[int, str]] = ({}, {})
         self.stop_token_ids = self._end_tokens(generation_config or {})
         added = self._tokenizer.added_tokens_decoder

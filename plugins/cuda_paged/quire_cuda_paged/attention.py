@@ -33,12 +33,13 @@ MIN_DIM = 16
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a layer's launches depend on, beside its features."""
+    """What a layer's plan and buffers depend on. `window`: tokens that a query sees; 0: all."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     v_head_dim: int
+    window: int
 
     @property
     def group(self) -> int:
@@ -48,39 +49,44 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """What persists for the layers of one shape.
+    """What persists for the layers of one shape: how to launch, and where `plan_kernel` writes.
 
     Attributes:
-        tuning: how to launch. decode_queries: most query tokens of a row that is served by the decode shape.
-        target: parts that the KV of a decode step is cut into, about.
-        split_start: int32 [max rows + 1]. chunk: int32 [1]. parts, lse: float32, see `paged_attention_kernel`.
+        tuning: how to launch. target: parts that the KV of a step's decode rows is cut into, about.
+        decode_block: query rows of a program of the decode shape. prefill_block: of the prefill shape.
+        decode_queries: most query tokens of a row that is served by the decode shape.
+        split_start, block_start: int32 [max rows + 1]. chunk: int32 [1].
     """
 
     tuning: Tuning
-    decode_queries: int
     target: int
+    decode_block: int
+    prefill_block: int
+    decode_queries: int
     split_start: Tensor
+    block_start: Tensor
     chunk: Tensor
-    parts: Tensor
-    lse: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """A step, for each shape of layer: how many of its rows, the first ones, are served by the decode shape."""
+    """A step, for each shape of layer: its launches, True for the decode shape, False for the prefill shape."""
 
-    num_decodes: dict[Shape, int]
+    launches: dict[Shape, tuple[bool, ...]]
 
 
 class CudaPagedAttention(AttentionBackend):
-    """See `kernels`. Decode rows and prefill rows of one step are two launches of the same source."""
+    """See `kernels`. Decode rows and prefill rows of one step are two launches of the same source.
+
+    Which of them a step needs follows from its sizes alone; which rows each serves is decided on the device.
+    """
 
     caps = AttentionCaps(
         device_types=frozenset({"cuda"}),
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
         kv_dtypes=frozenset({"auto", "fp8_e4m3"}),
         features=frozenset({"causal", "sliding_window", "logit_softcap", "sinks", "v_head_dim", "alibi"}),
-        graph=GraphSupport.UNIFORM,
+        graph=GraphSupport.ANY,
     )
 
     def __init__(self, init: AttentionInit) -> None:
@@ -93,6 +99,11 @@ class CudaPagedAttention(AttentionBackend):
                 remedy="leave kv_cache_dtype at auto",
             )
         self._workspaces = {shape: self._workspace(shape) for shape in {shape_of(layer) for layer in init.layers}}
+        # Layers run one after another: all of them put their parts into the same place.
+        items = {shape: self._num_items(shape, space) for shape, space in self._workspaces.items()}
+        sizes = [count * _padded(shape.v_head_dim) for shape, count in items.items()]
+        self._parts = torch.empty(max(sizes), dtype=torch.float32, device=init.device)
+        self._lse = torch.empty(max(items.values()), dtype=torch.float32, device=init.device)
         self._sinks = _per_layer(init, "sinks")
         self._slopes = _per_layer(init, "alibi_slopes")
 
@@ -100,21 +111,29 @@ class CudaPagedAttention(AttentionBackend):
         return fused_prepare_qkv(step) if can_fuse(step) else super().prepare_qkv(step)
 
     def plan(self, batch: AttentionBatch) -> StepPlan:
-        lengths = batch.query_start_loc_host.diff()
-        counts = {shape: _num_leading(lengths, space.decode_queries) for shape, space in self._workspaces.items()}
         for shape, space in self._workspaces.items():
-            if counts[shape]:
-                plan_kernel[(1,)](
-                    batch.seq_lens,
-                    space.split_start,
-                    space.chunk,
-                    counts[shape],
-                    space.target,
-                    TILE=space.tuning.decode.tile,
-                    MIN_TILES=MIN_TILES,
-                    ROWS=triton.next_power_of_2(self.init.max_num_reqs),
-                )
-        return StepPlan(counts)
+            plan_kernel[(1,)](
+                batch.query_start_loc,
+                batch.seq_lens,
+                space.split_start,
+                space.block_start,
+                space.chunk,
+                batch.num_reqs,
+                space.target,
+                DECODE_QUERIES=space.decode_queries,
+                BLOCK_Q=space.prefill_block // shape.group,
+                TILE=space.tuning.decode.tile,
+                MIN_TILES=MIN_TILES,
+                WINDOW=shape.window,
+                ROWS=triton.next_power_of_2(self.init.max_num_reqs),
+            )
+        length = batch.uniform_query_len
+        return StepPlan(
+            {
+                shape: (length <= space.decode_queries,) if length else (True, False)
+                for shape, space in self._workspaces.items()
+            }
+        )
 
     def forward(
         self,
@@ -127,13 +146,9 @@ class CudaPagedAttention(AttentionBackend):
         plan: StepPlan,
         out: Tensor,
     ) -> None:
-        shape = shape_of(layer)
-        num_decodes = plan.num_decodes[shape]
-        has_prefills = num_decodes < batch.num_reqs
-        if num_decodes:
-            self._launch(layer, q, kv, batch, out, (0, num_decodes), split=True, is_last=not has_prefills)
-        if has_prefills:
-            self._launch(layer, q, kv, batch, out, (num_decodes, batch.num_reqs), split=False, is_last=True)
+        launches = plan.launches[shape_of(layer)]
+        for split in launches:
+            self._launch(layer, q, kv, batch, out, split=split, is_last=split is launches[-1])
 
     def _launch(
         self,
@@ -142,40 +157,31 @@ class CudaPagedAttention(AttentionBackend):
         kv: KVCaches,
         batch: AttentionBatch,
         out: Tensor,
-        rows: tuple[int, int],
         *,
         split: bool,
         is_last: bool,
     ) -> None:
-        """Serve the rows [first, last); the last launch of a step clears the padding tokens too."""
-        (first, last), shape = rows, shape_of(layer)
+        """Serve the decode rows (`split`) or the others; the last launch of a step clears the padding tokens too."""
+        shape = shape_of(layer)
         space = self._workspaces[shape]
         launch = space.tuning.decode if split else space.tuning.prefill
-        block_m = _block_m(launch, shape.group)
+        block_m = space.decode_block if split else space.prefill_block
         keys, values = kv
-        num_rows = last - first
-        if split:
-            work = num_rows + space.target
-        else:
-            # Every row may leave one block half empty; no length is asked for that only the device knows.
-            work = (batch.num_tokens - int(batch.query_start_loc_host[first])) // (block_m // shape.group) + num_rows
-        query_start = batch.query_start_loc[first:]
-        paged_attention_kernel[(work, shape.num_kv_heads)](
+        paged_attention_kernel[(_grid(batch, shape, space, split), shape.num_kv_heads)](
             out,
-            space.parts,
-            space.lse,
+            self._parts,
+            self._lse,
             q,
             keys,
             values,
-            batch.block_table[first:],
-            batch.seq_lens[first:],
-            query_start,
-            space.split_start,
+            batch.block_table,
+            batch.seq_lens,
+            batch.query_start_loc,
+            space.split_start if split else space.block_start,
             space.chunk,
-            self._sinks.get(layer.layer_id, space.lse),
-            self._slopes.get(layer.layer_id, space.lse),
-            batch.query_start_loc[batch.num_reqs :],
-            num_rows,
+            self._sinks.get(layer.layer_id, self._lse),
+            self._slopes.get(layer.layer_id, self._lse),
+            batch.num_reqs,
             batch.num_tokens if is_last else 0,
             layer.scale,
             layer.logit_softcap or 0.0,
@@ -188,7 +194,7 @@ class CudaPagedAttention(AttentionBackend):
             BLOCK_M=block_m,
             TILE=launch.tile,
             SPLIT=split,
-            WINDOW=layer.sliding_window or 0,
+            WINDOW=shape.window,
             SOFTCAP=layer.logit_softcap is not None,
             SINKS=layer.sinks is not None,
             ALIBI=layer.alibi_slopes is not None,
@@ -197,11 +203,11 @@ class CudaPagedAttention(AttentionBackend):
             num_stages=launch.num_stages,
         )
         if split:
-            combine_kernel[(num_rows, shape.num_heads)](
+            combine_kernel[(batch.num_reqs, shape.num_heads)](
                 out,
-                space.parts,
-                space.lse,
-                query_start,
+                self._parts,
+                self._lse,
+                batch.query_start_loc,
                 space.split_start,
                 out.stride(0),
                 HEADS=shape.num_heads,
@@ -214,19 +220,32 @@ class CudaPagedAttention(AttentionBackend):
         """Everything that must not be allocated per step, for the largest batch."""
         device, rows = self.init.device, self.init.max_num_reqs
         d_pad, dv_pad = _padded(shape.head_dim), _padded(shape.v_head_dim)
-        tuning = tuning_for(self._capability, max(d_pad, dv_pad), 8 * self.init.cache_dtype.itemsize)
-        decode_queries = _block_m(tuning.decode, shape.group) // shape.group
-        target = max(1, self._num_multiprocessors * tuning.waves // shape.num_kv_heads)
-        items = (rows + target) * shape.num_heads * decode_queries
+        kv_bits, exact = 8 * self.init.cache_dtype.itemsize, self.init.dtype is torch.float32
+        tuning = tuning_for(self._capability, max(d_pad, dv_pad), kv_bits, exact=exact)
+        decode_block = _block_m(tuning.decode, shape.group)
         return Workspace(
             tuning=tuning,
-            decode_queries=decode_queries,
-            target=target,
+            target=max(1, self._num_multiprocessors * tuning.waves // shape.num_kv_heads),
+            decode_block=decode_block,
+            prefill_block=_block_m(tuning.prefill, shape.group),
+            decode_queries=decode_block // shape.group,
             split_start=torch.zeros(rows + 1, dtype=torch.int32, device=device),
+            block_start=torch.zeros(rows + 1, dtype=torch.int32, device=device),
             chunk=torch.zeros(1, dtype=torch.int32, device=device),
-            parts=torch.empty(items, dv_pad, dtype=torch.float32, device=device),
-            lse=torch.empty(max(items, shape.num_heads), dtype=torch.float32, device=device),
         )
+
+    def _num_items(self, shape: Shape, space: Workspace) -> int:
+        """Vectors that the parts of the largest step are made of."""
+        return (self.init.max_num_reqs + space.target) * shape.num_heads * space.decode_queries
+
+
+def _grid(batch: AttentionBatch, shape: Shape, space: Workspace, split: bool) -> int:
+    """Programs that are enough for any step of this size; those without work end at once."""
+    if split:
+        return batch.num_reqs + space.target
+    # Every row may leave one block half empty. A row that is served here has more tokens than a decode row.
+    most_rows = min(batch.num_reqs, batch.num_tokens // (space.decode_queries + 1))
+    return batch.num_tokens // (space.prefill_block // shape.group) + most_rows
 
 
 def _per_layer(init: AttentionInit, name: str) -> dict[int, Tensor]:
@@ -237,7 +256,7 @@ def _per_layer(init: AttentionInit, name: str) -> dict[int, Tensor]:
 
 def shape_of(layer: AttentionLayer) -> Shape:
     """What the layer's launches depend on."""
-    return Shape(layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.v_head_dim)
+    return Shape(layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.v_head_dim, layer.sliding_window or 0)
 
 
 def _sizes(shape: Shape) -> dict[str, int]:
@@ -260,12 +279,6 @@ def _padded(size: int) -> int:
 def _block_m(launch: Launch, group: int) -> int:
     """Query rows of a program: at least one token of a large group."""
     return max(launch.block_m, int(triton.next_power_of_2(group)))
-
-
-def _num_leading(lengths: Tensor, most: int) -> int:
-    """How many of the first rows have at most so many query tokens."""
-    longer = (lengths > most).nonzero()
-    return int(longer[0]) if longer.numel() else lengths.numel()
 
 
 def _machine(device: torch.device) -> tuple[tuple[int, int], int]:

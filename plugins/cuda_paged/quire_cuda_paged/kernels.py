@@ -18,51 +18,69 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "target"])
 def plan_kernel(
+    query_start_ptr,
     seq_lens_ptr,
     split_start_ptr,
+    block_start_ptr,
     chunk_ptr,
     num_rows,
     target,
+    DECODE_QUERIES: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     TILE: tl.constexpr,
     MIN_TILES: tl.constexpr,
+    WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Cut the rows' KV into parts of equal length, about `target` of them in all.
+    """Share a step's work out: the KV of decode rows in parts of equal length, other rows' queries in blocks.
 
-    One program per step. As the sum of ceil(tiles / chunk) is at most target + num_rows, the grid of
-    the kernel that follows depends on the number of rows alone, and never on their lengths.
+    One program per step. Parts are about `target` in all: as the sum of ceil(tiles / chunk) is at most
+    target + num_rows, the grid of the kernel that follows depends on the number of rows alone. No length
+    is asked of the host, so that a captured graph serves every step of its size.
 
     Args:
-        seq_lens_ptr: int32 [num_rows]. split_start_ptr: int32 [num_rows + 1], out; the parts of rows before each.
-        chunk_ptr: int32 [1], out; tiles per part. target: parts wanted. ROWS: power of two, at least num_rows.
+        query_start_ptr: int32 [num_rows + 1]. seq_lens_ptr: int32 [num_rows].
+        split_start_ptr: int32 [num_rows + 1], out; the parts of rows before each; other rows have none.
+        block_start_ptr: int32 [num_rows + 1], out; the query blocks of rows before each; decode rows have none.
+        chunk_ptr: int32 [1], out; tiles per part. target: parts wanted.
+        DECODE_QUERIES: most query tokens of a decode row. BLOCK_Q: query tokens of a block.
+        WINDOW: as in `paged_attention_kernel`; tiles before it are no work. ROWS: power of two, at least num_rows.
     """
     row = tl.arange(0, ROWS)
-    length = tl.load(seq_lens_ptr + row, mask=row < num_rows, other=0)
-    tiles = (length + TILE - 1) // TILE
+    is_row = row < num_rows
+    first_token = tl.load(query_start_ptr + row, mask=is_row, other=0)
+    query_len = tl.load(query_start_ptr + 1 + row, mask=is_row, other=0) - first_token
+    length = tl.load(seq_lens_ptr + row, mask=is_row, other=0)
+    is_decode = query_len <= DECODE_QUERIES
+    tiles = (length + TILE - 1) // TILE - _first_tile(length - query_len, WINDOW, TILE)
+    tiles = tl.where(is_decode, tiles, 0)
     total = tl.sum(tiles, 0)
     chunk = tl.maximum((total + target - 1) // target, MIN_TILES)
     splits = (tiles + chunk - 1) // chunk
-    tl.store(split_start_ptr + 1 + row, tl.cumsum(splits, 0), mask=row < num_rows)
+    blocks = tl.where(is_decode, 0, (query_len + BLOCK_Q - 1) // BLOCK_Q)
+    tl.store(split_start_ptr + 1 + row, tl.cumsum(splits, 0), mask=is_row)
     tl.store(split_start_ptr, 0)
+    tl.store(block_start_ptr + 1 + row, tl.cumsum(blocks, 0), mask=is_row)
+    tl.store(block_start_ptr, 0)
     tl.store(chunk_ptr, chunk)
 
 
 @triton.jit
-def _last_not_after(starts_ptr, place, count, base, BLOCK_Q: tl.constexpr, BLOCKS: tl.constexpr):
-    """The largest i below `count` with start(i) <= place, by bisection.
+def _first_tile(position, WINDOW: tl.constexpr, TILE: tl.constexpr):
+    """The first tile that a query at this position sees something of."""
+    return tl.maximum(position - WINDOW + 1, 0) // TILE if WINDOW > 0 else position * 0
 
-    start(i) is starts[i]; with BLOCKS it is the first query block of row i, if every row may begin a new one.
-    """
+
+@triton.jit
+def _last_not_after(starts_ptr, place, count):
+    """The largest i below `count` with starts[i] <= place, by bisection."""
     low = 0
     high = count
     while low < high:
         middle = (low + high) // 2
-        start = tl.load(starts_ptr + middle)
-        if BLOCKS:
-            start = (start - base) // BLOCK_Q + middle
-        if start <= place:
+        if tl.load(starts_ptr + middle) <= place:
             low = middle + 1
         else:
             high = middle
@@ -138,7 +156,7 @@ def _attend(
         v = _load(v_row, known, False, MASKED, DV, DV_PAD).to(q.dtype)
         scores = _scores(tl.dot(q, k, input_precision=PRECISION), scale, softcap, SOFTCAP)
         if ALIBI:
-            scores += slopes[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
+            scores += slopes[:, None] * (key.to(tl.float32)[None, :] - position.to(tl.float32)[:, None])
         if MASKED:
             seen = (key[None, :] <= position[:, None]) & row_ok[:, None] & known[None, :]
             if WINDOW > 0:
@@ -154,7 +172,7 @@ def _attend(
     return acc, maximum, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "table_width", "table_row"])
 def paged_attention_kernel(
     out_ptr,
     part_ptr,
@@ -165,11 +183,10 @@ def paged_attention_kernel(
     table_ptr,
     seq_lens_ptr,
     query_start_ptr,
-    split_start_ptr,
+    work_start_ptr,
     chunk_ptr,
     sink_ptr,
     slope_ptr,
-    end_ptr,
     num_rows,
     num_tokens,
     scale,
@@ -206,9 +223,10 @@ def paged_attention_kernel(
         out_ptr: [T, HEADS, DV]. q_ptr: [T, HEADS, D]. k_ptr, v_ptr: caches, any strides, elements of a head together.
         part_ptr: float32 [work, HEADS, BLOCK_Q, DV_PAD]; part_lse_ptr: float32 [work, HEADS, BLOCK_Q]; SPLIT only.
         table_ptr: int32 [num_rows, table_width]. seq_lens_ptr: int32 [num_rows].
-        query_start_ptr: int32 [num_rows + 1], places in q and out. split_start_ptr, chunk_ptr: of `plan_kernel`.
+        query_start_ptr: int32 [num_rows + 1], places in q and out; the last is the end of the real tokens.
+        work_start_ptr, chunk_ptr: of `plan_kernel`, parts with SPLIT, else blocks.
         sink_ptr, slope_ptr: float32 [HEADS], for SINKS and ALIBI.
-        end_ptr: int32 [1], real tokens. num_tokens: tokens; those behind the end get 0.
+        num_tokens: tokens; those behind the end get 0.
         WINDOW: tokens that a query sees, itself included; 0: all.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
@@ -219,28 +237,21 @@ def paged_attention_kernel(
     head = kv_head * GROUP + m % GROUP
     if work == 0:  # padding tokens must come out finite
         clear = (m < GROUP)[:, None] & (dv < DV)[None, :]
-        for token in tl.range(tl.load(end_ptr), num_tokens):
+        for token in tl.range(tl.load(query_start_ptr + num_rows), num_tokens):
             place = (tl.zeros([BLOCK_M], tl.int64) + token) * out_token + head * DV
             tl.store(
                 out_ptr + place[:, None] + dv[None, :],
                 tl.zeros([BLOCK_M, DV_PAD], out_ptr.dtype.element_ty),
                 mask=clear,
             )
-    base = tl.load(query_start_ptr)
-    if SPLIT:
-        if work >= tl.load(split_start_ptr + num_rows):
-            return
-        row = _last_not_after(split_start_ptr, work, num_rows + 1, 0, BLOCK_Q, False)
-        part = work - tl.load(split_start_ptr + row)
-        query_block = 0
-    else:
-        row = _last_not_after(query_start_ptr, work, num_rows, base, BLOCK_Q, True)
-        part = 0
-        query_block = work - ((tl.load(query_start_ptr + row) - base) // BLOCK_Q + row)
+    if work >= tl.load(work_start_ptr + num_rows):
+        return
+    row = _last_not_after(work_start_ptr, work, num_rows + 1)
+    place = work - tl.load(work_start_ptr + row)
+    part = place if SPLIT else 0
+    query_block = 0 if SPLIT else place
     first_token = tl.load(query_start_ptr + row)
     query_len = tl.load(query_start_ptr + row + 1) - first_token
-    if query_block * BLOCK_Q >= query_len:
-        return
     seq_len = tl.load(seq_lens_ptr + row)
     context = seq_len - query_len
 
@@ -255,14 +266,12 @@ def paged_attention_kernel(
     # Tiles [low, high) matter; of those [clear_low, clear_high) are seen whole by every query of the block.
     begin = context + query_block * BLOCK_Q
     kv_end = tl.minimum(begin + BLOCK_Q, seq_len)
-    low = 0
-    if WINDOW > 0:
-        low = tl.maximum(begin - WINDOW + 1, 0) // TILE
+    low = _first_tile(begin, WINDOW, TILE)
     high = (kv_end + TILE - 1) // TILE
     if SPLIT:
         chunk = tl.load(chunk_ptr)
-        low = tl.maximum(low, part * chunk)
-        high = tl.minimum(high, (part + 1) * chunk)
+        low += part * chunk
+        high = tl.minimum(high, low + chunk)
     clear_high = tl.maximum(tl.minimum((begin + 1) // TILE, high), low)
     clear_low = low
     if WINDOW > 0:
@@ -302,7 +311,7 @@ def paged_attention_kernel(
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     alone = True
     if SPLIT:
-        alone = tl.load(split_start_ptr + row + 1) - tl.load(split_start_ptr + row) == 1
+        alone = tl.load(work_start_ptr + row + 1) - tl.load(work_start_ptr + row) == 1
     if alone:
         at = (token * out_token)[:, None] + (head * DV)[:, None] + dv[None, :]
         tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & (dv < DV)[None, :])

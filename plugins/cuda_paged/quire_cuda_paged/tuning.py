@@ -42,19 +42,25 @@ WIDE = 128
 """Head sizes above this need smaller tiles to fit into shared memory and registers."""
 
 
-def tuning_for(capability: tuple[int, int], head_dim: int, kv_bits: int = 16) -> Tuning:
+def tuning_for(capability: tuple[int, int], head_dim: int, kv_bits: int = 16, *, exact: bool = False) -> Tuning:
     """The table.
 
     Args:
         capability: compute capability, such as (9, 0). head_dim: the larger of the q and v head sizes, padded.
         kv_bits: of an element of the cache; the tiles of an 8-bit one take half the room.
+        exact: the compute dtype is float32, which no tensor core multiplies: larger tiles than these spill by the
+            thousand, and take minutes to compile.
     """
+    if exact:
+        launch = Launch(16, 16, 8 if head_dim > WIDE else 4, 2)
+        return Tuning(launch, launch)
     major, minor = capability
     small_shared_memory = (major, minor) in ((8, 6), (8, 9)) or major == 12  # 99 KB instead of 163 or 227
     if head_dim > WIDE:
         return Tuning(Launch(16, 32, 4, 2), Launch(128 if major == 10 else 64, 32, 8, 2))
     if small_shared_memory:
-        return Tuning(Launch(16, 64, 4, 2) if kv_bits > 8 else Launch(16, 64, 8, 3), Launch(64, 32, 4, 3))
+        decode = Launch(16, 32, 4, 3) if head_dim <= WIDE // 2 else Launch(16, 64, 4, 2)
+        return Tuning(decode if kv_bits > 8 else Launch(16, 64, 8, 3), Launch(64, 32, 4, 3))
     if major == 8:
-        return Tuning(Launch(16, 64, 4, 3), Launch(128, 32, 8, 3))
+        return Tuning(Launch(16, 32, 4, 4), Launch(128, 32, 8, 3))
     return Tuning(Launch(16, 64, 4, 3) if kv_bits > 8 else Launch(16, 64, 8, 4), Launch(128, 64, 8, 3))
