@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from quire.parsers.qwen import CALL, QwenParser
@@ -94,6 +95,14 @@ class Sends(MetricsSink):
         time.sleep(0.02)
 
 
+class Opens(MetricsSink):
+    """Opens its file for every line."""
+
+    def record_step(self, stats):
+        with open(os.devnull, "a") as file:
+            file.write(f"{stats.num_tokens}\n")
+
+
 class ClosesWhatIsNotOpen(MetricsSink):
     def record_step(self, stats):
         self.file = []
@@ -117,5 +126,6 @@ FAULTS = (
     Fault("divides by an empty pool", "metrics_sink", DividesByZero),
     Fault("takes None for a number", "metrics_sink", AddsNone),
     Fault("blocks the engine", "metrics_sink", Sends),
+    Fault("opens a file in every step", "metrics_sink", Opens),
     Fault("close before the first step raises", "metrics_sink", ClosesWhatIsNotOpen),
 )
