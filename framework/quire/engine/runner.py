@@ -231,9 +231,10 @@ class Runner:
 
     def _begin_anew(self, row: ScheduledRow) -> None:
         new = self._rows.rows[row.slot].new
-        tokens = self._rows.token_ids[row.slot, : row.num_computed_tokens + row.num_new_tokens].tolist()
+        tokens = self._rows.token_ids[row.slot, : row.num_computed_tokens + row.num_new_tokens]
         self._parts.pipeline.remove(row.slot)
-        self._parts.pipeline.add(row.slot, _processor_request(new, tokens), new.seed)
+        known = tokens.tolist()  # sync-ok: the step has failed, and nothing runs any more
+        self._parts.pipeline.add(row.slot, _processor_request(new, known), new.seed)
 
     def _launch_rows(self, rows: Sequence[ScheduledRow], times: _Times) -> _Running:
         key = self._pick(rows)
