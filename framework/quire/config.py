@@ -310,6 +310,14 @@ def special_variable(name: str) -> str | None:
     return os.environ.get(name) or None
 
 
+def child_environment() -> dict[str, str]:
+    """Variables for an engine's own process: this one's, and that torch's threads sleep while they have nothing to do.
+
+    They would look for work for milliseconds, on processors that other threads and the server could use.
+    """
+    return {"OMP_WAIT_POLICY": "passive"} | os.environ
+
+
 def _flatten(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:
     paths = field_paths()
     values: dict[str, Any] = {}

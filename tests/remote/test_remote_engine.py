@@ -101,6 +101,11 @@ def test_killed_while_idle_it_comes_back(llm):
     assert answer(llm).finish_reason == "length"
 
 
+def test_threads_of_a_child_sleep_while_they_have_nothing_to_do(llm):
+    environment = psutil.Process(llm.engine.process_id).environ()
+    assert environment["OMP_WAIT_POLICY"] == os.environ.get("OMP_WAIT_POLICY", "passive")
+
+
 def test_health_says_that_there_is_no_child(llm):
     async def main():
         old = llm.engine.process_id

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from quire import errors
+from quire.config import child_environment
 from quire.errors import EngineError, QuireError
 from quire.remote.channel import Channel, ChannelClosed
 from quire.remote.messages import Beat, Begin, Failed, Ready, Stop, ToChild, ToParent
@@ -39,7 +40,9 @@ class Child:
         with theirs:
             # -P: what lies in the working directory must not stand in for a package.
             command = [sys.executable, "-P", "-m", "quire.remote.worker", str(theirs.fileno())]
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                command, env=child_environment(), pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+            )
         channel: Channel[ToParent] = Channel(ours, ToParent)
         try:
             channel.send(begin)
