@@ -58,7 +58,8 @@ def test_a_client_that_goes_is_not_counted_as_running(http):
     """No step follows its end, so that nothing but a look at the queue can tell."""
     body = {"prompt": "go on", "max_tokens": 1500, "ignore_eos": True, "stream": True}
     with http.stream("POST", "/v1/completions", json=body) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # held: to let go of it is to go
+        next(lines)
         during = http.get("/metrics").text
         assert value(during, "num_requests_running") == 1
         assert value(during, "kv_cache_usage_perc") > 0
