@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from quire_server.encoding import Meta
 from quire_server.errors import APOLOGY, ApiError, as_api_error
 from quire_server.events import Event, Failure
 from quire_server.generation import Job, Tell, generate
+from quire_server.ids import new_id
 from quire_server.jobs import Sender
 from quire_server.json_response import JsonResponse
 from quire_server.state import ServerState
@@ -25,6 +25,8 @@ from quire_server.state import ServerState
 T = TypeVar("T")
 
 IGNORED_FIELDS = "X-Quire-Ignored-Fields"
+SMALL = 2048
+"""Bytes of a body whose tokens are found sooner than another thread could take it."""
 CLIENT_GONE = 499
 """Status of an answer that nobody reads; nginx's number for it, seen in the access log only."""
 
@@ -47,16 +49,20 @@ class Call:
         self._state, self._request = state, request
         self._headers = ignored_header(ignored)
         state.admission.check()
-        self.request_id = f"{prefix}{uuid.uuid4().hex}"
+        self.request_id = new_id(prefix)
         self.sender = Sender(self.request_id, getattr(request.state, "tenant", ""))
         self.meta = Meta(self.request_id, int(time.time()), state.check_model(model))
 
-    async def prepare(self, make: Callable[[], T], prompt_param: str) -> T:
-        """Render, tokenize and check, off the event loop. Raises ApiError."""
+    async def prepare(self, make: Callable[[], T], prompt_param: str, *, is_quick: bool = False) -> T:
+        """Render, tokenize and check, off the event loop unless that is quick for a small request. Raises ApiError."""
         try:
-            return await run_in_threadpool(make)
+            return make() if is_quick and self._is_small() else await run_in_threadpool(make)
         except Exception as error:
             raise as_api_error(error, prompt_param=prompt_param) from error
+
+    def _is_small(self) -> bool:
+        declared = self._request.headers.get("content-length", "")
+        return declared.isdigit() and int(declared) <= SMALL
 
     def stream(self, job: Job, encoder: sse.Encoder) -> Response:
         """Send the events as they come. Raises ApiError if there is no place for the request."""

@@ -53,6 +53,7 @@ class RemoteEngine:
         self._child: Child | None = Child.start(self._begin)
         self._ready = self._child.ready
         self._kv, self._queues = self._ready.kv, self._ready.queues
+        self._info = engine_info(self.config, self._ready.num_kv_blocks)
         self._live: dict[str, LiveRequest] = {}
         self._news: list[OutputDelta] = []
         self._looks: deque[Future[EngineView]] = deque()
@@ -142,7 +143,7 @@ class RemoteEngine:
 
     def info(self) -> EngineFacade:
         """What serves, and how much it can hold."""
-        return engine_info(self.config, self._ready.num_kv_blocks)
+        return self._info
 
     def health(self) -> str | None:
         """None if there is a child, else the reason why not; the supervisor ends one that hangs."""
@@ -231,6 +232,7 @@ class RemoteEngine:
         self._child = child
         self._ready = child.ready
         self._kv, self._queues = child.ready.kv, child.ready.queues
+        self._info = engine_info(self.config, child.ready.num_kv_blocks)
         for live in self._live.values():
             child.send(live.message())
 
