@@ -158,7 +158,7 @@ class AsyncLLM:
                     return
 
     async def run(self, submission: Submission, take: Take) -> None:
-        """Run a request that `prepare` returned, calling `take` with each delta, in the event loop; returns after the last.
+        """Run a request that `prepare` returned: call `take` with each delta, in the event loop; done after the last.
 
         For many streams at once: no task has to wake for a delta. Cancelling it aborts the request within one step;
         so does what `take` raises, which comes out here.

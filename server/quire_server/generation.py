@@ -71,14 +71,14 @@ async def generate(llm: AsyncLLM, job: Job, tell: Tell, failed: Callable[[str], 
                 if not tally.has_begun:
                     limit.reschedule(end)
                 events = tally.take(prompt, delta)
-                if events and isinstance(events[-1], Failure):
-                    raise _Failed(events)
+                if events and isinstance(last := events[-1], Failure):
+                    raise _Failed(events, last.message)
                 tell(events)
 
             await _run_all(llm, job.submissions, take)
         tell([tally.usage()])
     except _Failed as found:
-        failed(found.events[-1].message)
+        failed(found.message)
         tell(found.events)
     except TimeoutError:
         problem = "took too long" if tally.has_begun else "waited too long for its turn"
@@ -92,11 +92,11 @@ async def generate(llm: AsyncLLM, job: Job, tell: Tell, failed: Callable[[str], 
 
 
 class _Failed(Exception):
-    """A delta said that nothing more will come; `events` end with the `Failure`."""
+    """A delta said that nothing more will come; `events` end with the `Failure`, whose message this is."""
 
-    def __init__(self, events: Sequence[Event]) -> None:
-        super().__init__()
-        self.events = events
+    def __init__(self, events: Sequence[Event], message: str) -> None:
+        super().__init__(message)
+        self.events, self.message = events, message
 
 
 async def _run_all(llm: AsyncLLM, submissions: Sequence[Submission], take: Callable[[int, OutputDelta], None]) -> None:

@@ -50,10 +50,8 @@ class RemoteEngine:
     def __init__(self, configured: Configured, host: PluginHost) -> None:
         self._front = build_front(configured, host)
         self._begin = _begin(configured, host)
-        self._child: Child | None = Child.start(self._begin)
-        self._ready = self._child.ready
-        self._kv, self._queues = self._ready.kv, self._ready.queues
-        self._info = engine_info(self.config, self._ready.num_kv_blocks)
+        self._child: Child | None = None
+        self._adopt(Child.start(self._begin))
         self._live: dict[str, LiveRequest] = {}
         self._news: list[OutputDelta] = []
         self._looks: deque[Future[EngineView]] = deque()
@@ -229,12 +227,14 @@ class RemoteEngine:
                 self._news += self._end(live, FinishReason.ERROR, reason)
 
     def _started(self, child: Child) -> None:
-        self._child = child
-        self._ready = child.ready
-        self._kv, self._queues = child.ready.kv, child.ready.queues
-        self._info = engine_info(self.config, child.ready.num_kv_blocks)
+        self._adopt(child)
         for live in self._live.values():
             child.send(live.message())
+
+    def _adopt(self, child: Child) -> None:
+        self._child = child
+        self._kv, self._queues = child.ready.kv, child.ready.queues
+        self._info = engine_info(self.config, child.ready.num_kv_blocks)
 
     def _given_up(self, reason: str) -> None:
         self._dead = reason
