@@ -113,9 +113,11 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             pipe = Pipe(scope["state"]["send_body"], self._limits)
             pipe.write(self._head)
+            sender = asyncio.create_task(pipe.run())
             producer = asyncio.create_task(self._produce(pipe.write))
-            producer.add_done_callback(pipe.close)
-            tasks = [asyncio.create_task(pipe.run()), asyncio.create_task(_gone(receive)), producer]
+            # One that failed must not look as if it had come to its end.
+            producer.add_done_callback(lambda ended: sender.cancel() if _failed(ended) else pipe.close())
+            tasks = [sender, asyncio.create_task(_gone(receive)), producer]
             try:
                 await asyncio.wait(tasks[:2], return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -148,7 +150,7 @@ class Pipe:
             self._pieces.append(piece)
             self._wake()
 
-    def close(self, *by: object) -> None:
+    def close(self) -> None:
         """Nothing more will be written."""
         self._is_closed = True
         self._wake()
@@ -190,6 +192,10 @@ class Pipe:
             self.write(KEEP_ALIVE)
             rest = limit
         self._timer = self._loop.call_later(min(rest, self._limits.write_timeout), self._watch_clock, task)
+
+
+def _failed(task: asyncio.Task[None]) -> bool:
+    return task.cancelled() or task.exception() is not None
 
 
 async def _gone(receive: Receive) -> None:
