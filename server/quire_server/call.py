@@ -25,7 +25,7 @@ from quire_server.state import ServerState
 T = TypeVar("T")
 
 IGNORED_FIELDS = "X-Quire-Ignored-Fields"
-SMALL = 2048
+SMALL = 1024
 """Bytes of a body whose tokens are found sooner than another thread could take it."""
 CLIENT_GONE = 499
 """Status of an answer that nobody reads; nginx's number for it, seen in the access log only."""
@@ -54,7 +54,7 @@ class Call:
         self.meta = Meta(self.request_id, int(time.time()), state.check_model(model))
 
     async def prepare(self, make: Callable[[], T], prompt_param: str, *, is_quick: bool = False) -> T:
-        """Render, tokenize and check, off the event loop unless that is quick for a small request. Raises ApiError."""
+        """Render, tokenize and check: off the event loop, unless `is_quick` and the body is small. Raises ApiError."""
         try:
             return make() if is_quick and self._is_small() else await run_in_threadpool(make)
         except Exception as error:
