@@ -57,7 +57,8 @@ FLOAT32 = dict.fromkeys(("out_ptr", "q_ptr", "k_ptr", "v_ptr"), "fp32")
 """Element types of pointers where the compute dtype is float32, whose products are exact: no tensor core has them."""
 STEP_SIZES = ("num_rows", "num_tokens", "target", "table_width", "table_row")
 """Integers that differ from step to step: Triton must not compile anew where one of them is 1, or a multiple of 16."""
-FLOATS = ("scale", "softcap", "eps", "offset", "q_eps", "k_eps", "q_offset", "k_offset")
+FLOATS = ("scale", "softcap", "eps", "offset", "q_eps", "k_eps", "q_offset", "k_offset", "v_scale", "k_inverse",
+          "v_inverse")  # fmt: skip
 """Arguments that are numbers with a fraction."""
 ALIGNED = ("out_ptr", "part_ptr", "q_ptr", "k_ptr", "v_ptr", "q_token", "out_token", "k_block", "k_slot", "k_head",
            "v_block", "v_slot", "v_head", "x_ptr", "weight_ptr", "residual_ptr", "x_row", "residual_row", "turned_ptr",

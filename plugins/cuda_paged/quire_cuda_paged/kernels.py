@@ -191,6 +191,7 @@ def paged_attention_kernel(
     num_tokens,
     scale,
     softcap,
+    v_scale,
     table_width,
     table_row,
     q_token,
@@ -227,6 +228,7 @@ def paged_attention_kernel(
         work_start_ptr, chunk_ptr: of `plan_kernel`, parts with SPLIT, else blocks.
         sink_ptr, slope_ptr: float32 [HEADS], for SINKS and ALIBI.
         num_tokens: tokens; those behind the end get 0.
+        scale: factor on products of q and the cache's keys. v_scale: on the cache's values.
         WINDOW: tokens that a query sees, itself included; 0: all.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
@@ -308,7 +310,7 @@ def paged_attention_kernel(
         state, q, keys, values, table, (clear_high, high), kv_head, queries, kv_end, qk_scale, softcap,
         True, WINDOW, SOFTCAP, ALIBI, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, PRECISION,
     )  # fmt: skip
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    acc = acc * v_scale / tl.where(total == 0.0, 1.0, total)[:, None]
     alone = True
     if SPLIT:
         alone = tl.load(work_start_ptr + row + 1) - tl.load(work_start_ptr + row) == 1
