@@ -206,18 +206,14 @@ class Runner:
         tensors = running.copy.wait()
         prompts = prompt_entries(running.prompts, tensors)
         sampled = None if running.sampled is None else running.sampled.read(tensors[len(running.prompts) :])
-        results, told, at = [], [], 0
+        answers = sampled.rows() if sampled is not None else iter(())
+        results = []
         for row in running.rows:
             prompt = prompts.get(row.request_id, ())
-            if sampled is None or not row.samples:
-                results.append(RowResult(row.request_id, prompt_logprobs=prompt))
-                continue
-            token, entry, error = sampled.token_ids[at], sampled.logprobs[at], sampled.errors[at]
-            told.append((row.slot, token))
+            token, entry, error = next(answers) if row.samples else (None, None, None)
             results.append(RowResult(row.request_id, token, entry, prompt, error))
-            at += 1
-        for slot, token in told:  # once nothing can fail any more
-            self._parts.pipeline.told(slot, token)
+        if sampled is not None:  # once nothing can fail any more
+            self._parts.pipeline.told([row.slot for row in running.rows if row.samples], sampled.token_ids)
         times.sample += times.lap()
         return tuple(results)
 

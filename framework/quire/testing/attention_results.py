@@ -24,7 +24,9 @@ LONG: tuple[tuple[Sequence[int], Sequence[int]], ...] = (
 
 
 class AttentionResults(AttentionHarness):
-    """What every attention backend must hold."""
+    """What every attention backend must hold. `examples`: random problems that are tried."""
+
+    examples = 40
 
     @pytest.mark.parametrize("case", CASES)
     @pytest.mark.parametrize("layer", LAYERS)
@@ -180,7 +182,7 @@ class AttentionResults(AttentionHarness):
             padding=st.tuples(st.integers(0, 2), st.integers(0, 3)),
             seed=st.integers(0, 99),
         )
-        @settings(max_examples=40, deadline=None)
+        @settings(max_examples=self.examples, deadline=None)
         def check(rows: list[tuple[int, int]], layer: str, size: int, padding: tuple[int, int], seed: int) -> None:
             lens = ([row[0] for row in rows], [row[1] for row in rows])
             facts = make_layer(layer, 16 if layer == "other v size" else 8)
