@@ -82,7 +82,6 @@ def interpreter(monkeypatch):
                 interpreter._patch_attr(package, name, member, builder, *rest)
 
     monkeypatch.setattr(interpreter, "_patch_builtin", patch_builtin)
-    monkeypatch.setattr(interpreter, "_get_np_dtype", functools.cache(interpreter._get_np_dtype))
 
 
 @functools.cache

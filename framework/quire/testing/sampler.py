@@ -53,7 +53,7 @@ def chi_square(counts: Tensor, expected: Tensor) -> float:
 
 
 class SamplerConformance:
-    """What every sampler must hold. Subclass, and give the fixture `sampler_class`. `num_rows`: of the larger batches."""
+    """What every sampler must hold. Subclass, and give the fixture `sampler_class`. `num_rows`: of large batches."""
 
     device = "cpu"
     num_rows = 24
