@@ -32,6 +32,8 @@ FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "avx512bf16": (*AVX512, "-mavx512bf16", "-mavx512vnni"),
         "avx512": AVX512,
         "avx2": AVX2,
+        "neondot": ("-march=armv8.2-a+dotprod",),
+        "neon": (),
         "generic": (),
     }
 )
@@ -41,10 +43,16 @@ NEEDED: Mapping[str, frozenset[str]] = MappingProxyType(
         "avx512bf16": frozenset({"avx512_bf16", "avx512_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl"}),
         "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"}),
         "avx2": frozenset({"avx2", "fma", "f16c"}),
+        "neondot": frozenset({"asimd", "asimddp"}),
+        "neon": frozenset({"asimd"}),
         "generic": frozenset(),
     }
 )
 """Instruction set -> the flags of the processor that it takes, in Linux's names."""
+BASIC: Mapping[str, frozenset[str]] = MappingProxyType(
+    dict.fromkeys(("aarch64", "arm64"), NEEDED["neon"]) | dict.fromkeys(("x86_64", "amd64"), NEEDED["generic"])
+)
+"""Machine -> the flags that every such processor has; on others kernels are written for nothing but portable C++."""
 
 
 def missing() -> str | None:
@@ -68,9 +76,10 @@ def find_compiler() -> Path | None:
 
 def best_isa() -> str:
     """The best instruction set that this processor has."""
-    if platform.machine().lower() not in {"x86_64", "amd64"}:
+    basic = BASIC.get(platform.machine().lower())
+    if basic is None:
         return "generic"
-    flags = _processor_flags()
+    flags = basic | _processor_flags()
     return next(isa for isa, needed in NEEDED.items() if needed <= flags)
 
 
@@ -79,7 +88,7 @@ def _processor_flags() -> frozenset[str]:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:  # not Linux
         return frozenset()
-    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
     return frozenset(line.partition(":")[2].split())
 
 
