@@ -32,13 +32,14 @@ SMALL = {
     "test_dtypes": "torch.bfloat16 torch.float16",
     "test_padding": "mixed",
     "test_a_captured_plan_serves_other_mixes": "window sinks",
+    "test_a_captured_plan_serves_later_steps": "gqa-1 window-3 sinks-3",
     "test_odd_sizes_in_every_dtype": """
         (3,_1,_24,_24,_8)-torch.float32-auto (9,_3,_80,_40,_80)-torch.bfloat16-fp8_e4m3
         (10,_2,_96,_96,_48)-torch.float16-auto (3,_1,_24,_24,_8)-torch.bfloat16-auto""",
     "test_deterministic_forms_do_not_see_their_neighbours": "rms_norm-torch.bfloat16 odd_gated_act-torch.float32",
     "test_head_counts": "(14,_2) (9,_1)",
-    "test_head_sizes": "24 80 256",
-    "test_block_sizes": "1 3 64",
+    "test_head_sizes": "24 80",
+    "test_block_sizes": "3 64",
     "test_rms_norm": """
         0-1.0-torch.float32 1-0.0-torch.bfloat16 2-1.0-torch.float16 3-0.0-torch.float32 7-1.0-torch.bfloat16
         16-0.0-torch.float16 17-1.0-torch.float32 33-0.0-torch.bfloat16 33-1.0-torch.float16""",
