@@ -100,7 +100,7 @@ class BatchBuilder:
         slot_room = self._staging.reserve(padded_reqs, torch.int64)
         slot_room.array[:num_reqs] = slots
         slot_room.array[num_reqs:] = self._rows.padding_slot
-        lengths = new.tolist()
+        lengths = [row.num_new_tokens for row in rows]
         longest = max(lengths, default=0)
         return StagedBatch(
             key=key,

@@ -189,17 +189,15 @@ def prepare_qkv_kernel(
         qkv_ptr: [T, HEADS · D + KV_HEADS · (D + DV)], `qkv_row` elements from row to row.
         cos_ptr, sin_ptr: float32 [T, HALF], `cos_row` and `sin_row` elements from row to row.
         k_cache_ptr, v_cache_ptr: a slot's heads together, `k_slot` and `v_slot` elements from slot to slot.
-        slots_ptr: int64 [T].
-        k_inverse, v_inverse: one over the scales of an 8-bit cache.
+        slots_ptr: int64 [T]. k_inverse, v_inverse: one over the scales of an 8-bit cache.
         Q_NORM, K_NORM: see `_normed`. LARGEST: number that an 8-bit cache holds; 0: the cache has no such limit.
     """
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     Q_TILES: tl.constexpr = (HEADS + TILE - 1) // TILE
     KV_TILES: tl.constexpr = (KV_HEADS + TILE - 1) // TILE
-    qkv = qkv_ptr + token * qkv_row
+    qkv, turned = qkv_ptr + token * qkv_row, turned_ptr + token * ((HEADS + KV_HEADS) * D)
     cos, sin = cos_ptr + token * cos_row, sin_ptr + token * sin_row
-    turned = turned_ptr + token * ((HEADS + KV_HEADS) * D)
     slot = tl.load(slots_ptr + token)
     d = tl.arange(0, D_PAD)
     if tile < Q_TILES:
