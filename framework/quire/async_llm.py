@@ -157,7 +157,7 @@ class AsyncLLM:
                 if delta.finished:
                     return
 
-    async def run(self, submission: Submission, take: Take) -> None:
+    async def run(self, submission: Submission, take: Callable[[OutputDelta], None]) -> None:
         """Run a request that `prepare` returned: call `take` with each delta, in the event loop; done after the last.
 
         For many streams at once: no task has to wake for a delta. Cancelling it aborts the request within one step;
