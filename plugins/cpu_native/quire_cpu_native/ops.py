@@ -22,7 +22,7 @@ from quire.plugin import (
 from torch import Tensor
 
 from quire_cpu_native.codes import NativeQuantLinear
-from quire_cpu_native.native import PANEL, SUFFIXES, Native, address, native, row_major
+from quire_cpu_native.native import PANEL, SUFFIXES, Native, native, rows_of
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 """In the order of rows.cpp."""
@@ -87,23 +87,17 @@ class NativeRMSNorm:
 
     def __init__(self, spec: RMSNormSpec, kernels: Native) -> None:
         self.spec = spec
+        self._size, self._eps, self._offset = spec.size, spec.eps, spec.weight_offset
         self._run = kernels.function("rms_norm", spec.dtype)
 
     def __call__(self, x: Tensor, weight: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        spec, x = self.spec, x.contiguous()
+        x, size, beside = x.contiguous(), self._size, None
         if residual is not None:
             residual = residual.contiguous()
+            beside = residual.data_ptr()
         out = torch.empty_like(x)
-        self._run(
-            x.data_ptr(),
-            address(residual),
-            weight.data_ptr(),
-            out.data_ptr(),
-            x.numel() // spec.size,
-            spec.size,
-            spec.eps,
-            spec.weight_offset,
-        )
+        rows = x.numel() // size
+        self._run(x.data_ptr(), beside, weight.data_ptr(), out.data_ptr(), rows, size, self._eps, self._offset)
         return out, residual
 
 
@@ -112,13 +106,15 @@ class NativeGatedAct:
 
     def __init__(self, spec: GatedActSpec, kernels: Native) -> None:
         self.spec = spec
-        self._kind = ACTIVATIONS.index(spec.activation)
+        self._size, self._kind = spec.size, ACTIVATIONS.index(spec.activation)
         self._run = kernels.function("gated_act", spec.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        size, x = self.spec.size, row_major(x)
-        out = x.new_empty(x.shape[0], size)
-        self._run(x.data_ptr(), x.stride(0), out.data_ptr(), x.shape[0], size, self._kind)
+        size = self._size
+        x, apart = rows_of(x, 2 * size)
+        rows = x.shape[0]
+        out = x.new_empty(rows, size)
+        self._run(x.data_ptr(), apart, out.data_ptr(), rows, size, self._kind)
         return out
 
 
@@ -135,6 +131,7 @@ class NativeLinear:
 
     def __init__(self, spec: LinearSpec, kernels: Native) -> None:
         self.spec = spec
+        self._inputs, self._outputs = spec.in_features, spec.out_features
         self._pack = kernels.function("linear_pack", spec.dtype)
         self._run = kernels.function("linear", spec.dtype)
 
@@ -147,16 +144,18 @@ class NativeLinear:
         return LinearState(packed, None if bias is None else bias.contiguous())
 
     def __call__(self, x: Tensor, state: LinearState) -> Tensor:
-        spec, x = self.spec, row_major(x)
-        out = x.new_empty(x.shape[0], spec.out_features)
+        inputs, outputs, bias = self._inputs, self._outputs, state.bias
+        x, apart = rows_of(x, inputs)
+        rows = x.shape[0]
+        out = x.new_empty(rows, outputs)
         self._run(
             state.packed.data_ptr(),
-            address(state.bias),
+            None if bias is None else bias.data_ptr(),
             x.data_ptr(),
-            x.stride(0),
+            apart,
             out.data_ptr(),
-            x.shape[0],
-            spec.out_features,
-            spec.in_features,
+            rows,
+            outputs,
+            inputs,
         )
         return out
