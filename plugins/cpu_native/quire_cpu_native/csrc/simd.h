@@ -271,11 +271,17 @@ static inline void store_some(T* p, V x, int64_t n) {
 
 // Sums in a fixed order: lanes i and i + W/2 first.
 static inline float sum(V x) {
+#if defined(QUIRE_ISA_AVX2)
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
     float a[W];
     store(a, x);
     for (int half = W / 2; half > 0; half /= 2)
         for (int i = 0; i < half; i++) a[i] += a[i + half];
     return a[0];
+#endif
 }
 static inline float largest(V x) {
     float a[W];
