@@ -28,10 +28,6 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 """In the order of rows.cpp."""
 
 
-MAX_A8_BITS = 4
-"""Products of 8-bit codes would not fit the sums of the fast instruction."""
-
-
 class NativeOps(OpSet):
     """Linears, plain and in codes, norms and gated activations, in float32 and bfloat16."""
 
@@ -61,7 +57,7 @@ class NativeOps(OpSet):
 
 
 class NativeA8Ops(OpSet):
-    """Codes of up to 4 bits by inputs of 8 bits, for those who name it: faster for many rows, 0.6 percent off."""
+    """Codes by inputs of 8 bits (W4A8, W8A8), for those who name it: 0.6 percent off."""
 
     kinds = frozenset({"quant_linear"})
 
@@ -71,8 +67,6 @@ class NativeA8Ops(OpSet):
 
     def why_not(self, spec: OpSpec) -> list[str]:
         reasons = super().why_not(spec)
-        if isinstance(spec, QuantLinearSpec) and spec.bits > MAX_A8_BITS:
-            reasons.append(f"it multiplies codes of up to {MAX_A8_BITS} bits, not of {spec.bits}")
         if isinstance(spec, QuantLinearSpec) and spec.dtype is not torch.bfloat16:
             reasons.append(f"it is for bfloat16, not for {str(spec.dtype).removeprefix('torch.')}")
         return reasons
