@@ -97,6 +97,9 @@ class EngineConfig(BaseModel):
     """Name of an output parser; auto: by the markers in the chat template."""
     ops: Mapping[str, str] = at("plugins.ops", {})
     """Kind of operation -> name of the op set to use; `default` stands for all kinds that are not named."""
+    quant_kernel: str | None = at("quant.kernel", None)
+    """Name of the op set that multiplies by quantized weights, as `quant_linear` in plugins.ops; null: the first that
+    serves a layer."""
     logits_processors: Names = at("plugins.logits_processors", ())
     """Further logits processors, beside the built-in ones."""
     metrics_sinks: Names = at("plugins.metrics_sinks", ())
@@ -119,6 +122,20 @@ class EngineConfig(BaseModel):
         if self.num_kv_blocks is not None and self.kv_cache_memory != "auto":
             raise ValueError("num_kv_blocks and kv_cache_memory both size the KV pool; give one of them")
         return self
+
+    @model_validator(mode="after")
+    def _one_quant_kernel(self) -> Self:
+        named = self.ops.get("quant_linear")
+        if None not in (named, self.quant_kernel) and named != self.quant_kernel:
+            raise ValueError(
+                f"quant_kernel is {self.quant_kernel!r} and ops.quant_linear is {named!r}; "
+                "both name what multiplies by quantized weights: give one of them"
+            )
+        return self
+
+    def named_ops(self) -> Mapping[str, str]:
+        """Kind of operation -> name of the op set that was asked for."""
+        return self.ops if self.quant_kernel is None else {**self.ops, "quant_linear": self.quant_kernel}
 
 
 @dataclass(frozen=True, slots=True)

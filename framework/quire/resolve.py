@@ -85,7 +85,7 @@ class ResolvedConfig:
             "dtype": dtype,
             "kv_cache_dtype": dtype if cached == AUTO else cached,
             "device": self.selected["device"].provider.name,
-            "ops": dict(self.config.ops),
+            "ops": dict(self.config.named_ops()),
             "quantization": self.quantization.provider.name if self.quantization else None,
             "plugin_options": redacted(values["plugin_options"]),
         }
@@ -181,7 +181,7 @@ def _op_overrides(
     """What `ops` says, with unique names. Raises ConfigError for an op set that cannot serve what it is named for."""
     known = {kind for choice in op_sets for kind in choice.target.kinds} | {OP_DEFAULT}
     overrides = {}
-    for kind, name in config.ops.items():
+    for kind, name in config.named_ops().items():
         if kind not in known:
             raise ConfigError(f"ops.{kind}: there is no such kind of operation", remedy=suggest(kind, known))
         wanted = host.select("op", name, device_type=device_type)

@@ -76,6 +76,13 @@ def test_the_pool_is_sized_once():
         EngineConfig(num_kv_blocks=8, kv_cache_memory="1GiB")
 
 
+def test_the_quant_kernel_is_named_once():
+    with pytest.raises(ConfigError, match=r"quant_kernel is 'a' and ops\.quant_linear is 'b'"):
+        EngineConfig(quant_kernel="a", ops={"quant_linear": "b"})
+    assert EngineConfig(quant_kernel="a", ops={"quant_linear": "a"}).named_ops() == {"quant_linear": "a"}
+    assert EngineConfig(ops={"linear": "b"}).named_ops() == {"linear": "b"}
+
+
 def test_it_is_frozen():
     config = EngineConfig()
     with pytest.raises(Exception, match="frozen"):

@@ -219,6 +219,18 @@ def test_the_engine_honours_an_op_override(llama, host, monkeypatch):
     assert made == [{"linear": "cpu_ref:torch"}]
 
 
+def test_a_quant_kernel_is_an_op_set_of_its_kind(llama, host, caplog):
+    from quire.engine.build import build_model
+
+    resolved = resolved_for(llama, host, ops={"linear": "torch"}, quant_kernel="dequant")
+    assert resolved.ops == {"linear": "cpu_ref:torch", "quant_linear": "quant:dequant"}
+    assert resolved.to_dict()["ops"] == {"linear": "torch", "quant_linear": "dequant"}
+    build_model(resolved, host)
+    assert "quant:dequant is named for quant_linear, but the model has no such operation" in caplog.text
+    with pytest.raises(ConfigError, match=r"'torch', which serves .*linear"):
+        resolved_for(llama, host, quant_kernel="torch")
+
+
 def _noting(init, made):
     def wrapped(self, op_sets, overrides):
         made.append(dict(overrides))

@@ -123,7 +123,7 @@ def test_every_field_can_be_set_from_every_source(tmp_path):
 
 def test_paths_are_unique_and_grouped():
     assert len(field_paths()) == len(EngineConfig.model_fields)
-    assert {path.split(".")[0] for path in field_paths()} == {"model", "engine", "plugins"}
+    assert {path.split(".")[0] for path in field_paths()} == {"model", "engine", "plugins", "quant"}
 
 
 def test_single_keys_of_mappings_from_the_environment():

@@ -10,10 +10,12 @@ import pytest
 import torch
 from quire.plugin import EngineError
 from quire_cpu_native import build
-from quire_cpu_native.build import FLAGS, NEEDED, best_isa, built, find_compiler, missing
+from quire_cpu_native.build import COMMON, FLAGS, NEEDED, SOURCES, best_isa, built, find_compiler, missing
 from quire_cpu_native.native import Native
 
 SIMDE = Path("/usr/include/simde/x86/avx512.h")
+ARM_TOOLS = [path for name in ("aarch64-linux-gnu-g++", "qemu-aarch64-static") if (path := shutil.which(name))]
+ARM_TOOLS = ARM_TOOLS if len(ARM_TOOLS) == 2 else []
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 
 
@@ -109,26 +111,29 @@ def test_the_command_makes_objects_that_work(monkeypatch, tmp_path):
 def test_the_command_makes_one_object_for_each_set_and_removes_older_ones(monkeypatch, tmp_path):
     made = compiler(tmp_path / "cc", "Path(sys.argv[sys.argv.index('-o') + 1]).write_text('object')")
     monkeypatch.setattr(build, "find_compiler", lambda: made)
-    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
     out = tmp_path / "out"
     out.mkdir()
     (out / "avx2-0.so").write_text("older")
-    build.main(["--out", str(out)])
-    assert sorted(path.name.partition("-")[0] for path in out.iterdir()) == sorted(FLAGS)
-    assert not (out / "avx2-0.so").exists()
+    sets = {"x86_64": {"avx512bf16", "avx512", "avx2", "generic"}, "arm64": {"neondot", "neon"}, "riscv64": {"generic"}}
+    for machine, isas in sets.items():
+        monkeypatch.setattr(build.platform, "machine", lambda machine=machine: machine)
+        build.main(["--out", str(out)])
+        assert {path.name.partition("-")[0] for path in out.iterdir()} == isas
+        assert not (out / "avx2-0.so").exists()
     with pytest.raises(SystemExit):
         build.main(["avx3", "--out", str(out)])
 
 
 def test_the_best_instructions_that_a_processor_has(monkeypatch):
-    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
     for isa, needed in NEEDED.items():
-        monkeypatch.setattr(
-            build, "_processor_flags", lambda needed=needed: needed | (NEEDED["avx2"] if needed else needed)
-        )
+        monkeypatch.setattr(build.platform, "machine", lambda arm="asimd" in needed: "aarch64" if arm else "x86_64")
+        more = NEEDED["avx2"] if isa.startswith("avx") else frozenset()
+        monkeypatch.setattr(build, "_processor_flags", lambda flags=needed | more: flags)
         assert best_isa() == isa
-    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
-    assert best_isa() == "generic"
+    monkeypatch.setattr(build, "_processor_flags", frozenset)  # where there is no /proc
+    for machine, isa in {"arm64": "neon", "x86_64": "generic", "riscv64": "generic"}.items():
+        monkeypatch.setattr(build.platform, "machine", lambda machine=machine: machine)
+        assert best_isa() == isa
     assert set(FLAGS) == set(NEEDED)
 
 
@@ -172,6 +177,28 @@ def test_avx512_passes_the_tests_in_portable_c(tmp_path, isa):
     flags = ("-UQUIRE_ISA_AVX2", f"-DQUIRE_ISA_{isa.upper()}", "-DQUIRE_SIMDE", "-w", "-O2")
     answer = run_tests(tmp_path, "avx2", flags)
     assert answer.returncode == 0, answer.stdout[-3000:] + answer.stderr[-1000:]
+
+
+def outputs_of_every_kernel(folder, compiler, isa, flags=(), emulator=()):
+    """What `every_kernel.cpp` writes, built for an instruction set."""
+    program = folder / isa
+    sources = [str(Path(__file__).with_name("every_kernel.cpp")), *map(str, sorted(SOURCES.glob("*.cpp")))]
+    command = [compiler, *COMMON, *FLAGS[isa], *flags, f"-DQUIRE_ISA_{isa.upper()}"]
+    subprocess.run([*command, f"-I{SOURCES}", *sources, "-o", str(program)], check=True)
+    return subprocess.run([*emulator, str(program)], check=True, capture_output=True).stdout
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(not ARM_TOOLS, reason="Debian: g++-aarch64-linux-gnu and qemu-user-static are not installed")
+@pytest.mark.skipif(not NEEDED["avx2"] <= build._processor_flags(), reason="it is compared with AVX2")
+@pytest.mark.parametrize("isa", ["neon", "neondot"])
+def test_neon_has_the_bits_of_avx2(tmp_path, isa):
+    """Every kernel, in an emulator: both have vectors of eight lanes, so that sums are taken in one order."""
+    compiler, emulator = ARM_TOOLS
+    expected = outputs_of_every_kernel(tmp_path, str(find_compiler()), "avx2")
+    assert len(expected) > 6_000_000
+    assert outputs_of_every_kernel(tmp_path, compiler, isa, ("-static",), (emulator,)) == expected
 
 
 @pytest.mark.slow

@@ -213,7 +213,7 @@ def test_scales_of_whole_tensors_keep_their_rows_when_fused():
     for scale in ((), (1,), (1, 1)):
         tensors = {name: t | {"weight_scale": t["weight_scale"].view(scale)} for name, (t, _) in made.items()}
         stored, specs = qkv(lambda name, outputs, tensors=tensors: tensors[name] | {"input_scale": torch.ones(())})
-        method = FP8Method(QuantInit({}, stored, CPU, torch.float64))
+        method = FP8Method(QuantInit({}, stored, CPU, torch.float64, op=reference_op))
         assert method.may_fuse(specs)
         linear = method.linear(LinearSpec(64, 128, False, torch.float64, name="qkv"), specs)
         joined = {

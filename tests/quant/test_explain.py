@@ -69,24 +69,27 @@ def blind(monkeypatch):
     return wrapped
 
 
-def test_an_op_set_that_is_named_is_used_and_told(folder, tmp_path):
-    (tmp_path / "quire.yaml").write_text(f"model: {{path: {folder}}}\nplugins: {{ops: {{quant_linear: dequant}}}}\n")
+def test_an_op_set_that_is_named_is_used_and_told(folder, tmp_path, monkeypatch):
+    (tmp_path / "quire.yaml").write_text(f"model: {{path: {folder}}}\nquant: {{kernel: dequant}}\n")
     file = ["-c", str(tmp_path / "quire.yaml")]
     answer = explain(*file, [])
     assert explain(file).stdout == answer.stdout  # behind the command as well as before it
-    assert "`--ops quant_linear=NAME`" in answer.stderr
+    assert "`--quant-kernel NAME`" in answer.stderr
     text = answer.stdout
     (line,) = [line for line in text.splitlines() if "o_proj" in line]
     assert "quant:dequant" in line
     assert "it stands first, or was asked for by name" in line
+    monkeypatch.setenv("QUIRE_QUANT__KERNEL", "dequant")
+    assert explain(["-m", str(folder)]).stdout == text
 
 
 def test_methods_that_multiply_by_themselves_and_models_without_one(tmp_path):
     settings = {"quant_method": "fp8"}
     folder, _ = quantized_checkpoint("llama", tmp_path, lambda n, k, m: fp8_tensors(k, m, (), seed=0), settings)
     text = explain(["-m", str(folder)]).stdout
-    assert "FP8Linear" in text
-    assert "the method itself" in text
+    (line,) = [line for line in text.splitlines() if "down_proj" in line]
+    assert "dequantized when it is loaded" in line
+    assert "cpu_" in line  # cpu_native, or cpu_ref where there is no compiler
     text = explain([]).stdout
     assert "reads auto-round, gptq; the checkpoint is not quantized" in text
     assert "unquantized" in text

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
-from quire.plugin import OpInit, QuantLinearSpec
+from quire.plugin import LinearSpec, OpInit, QuantInit, QuantLinearSpec
 from quire.testing.op import quantized
+from quire_cpu_ref.ops import TorchOps
+from quire_quant.fp8 import FP8Method
 from quire_quant.kernels import DequantOps, Int4PackOps
+from quire_quant.testing import fp8_tensors
 
 INPUTS = 256
-INIT = OpInit(torch.device("cpu"), 512)
+CPU = torch.device("cpu")
+INIT = OpInit(CPU, 512)
 ROWS = (0, 1, 3, 4, 5, 17, 512)
 LAYOUTS = {
     "contiguous": lambda rows: normal(rows, INPUTS),
@@ -55,14 +59,25 @@ def test_products_are_by_the_weight_that_is_told(ops, group_size, layout):
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("ops", [Int4PackOps, DequantOps])
 def test_a_row_of_a_batch_is_the_row_alone(ops, deterministic):
-    """Bit for bit; without determinism `dequant` promises it for neighbours' values only, not for their number."""
+    """Bit for bit, asked for or not."""
     op, state = layer(ops, 64, outputs=208, deterministic=deterministic)
     x = normal(512, INPUTS)
-    if ops is DequantOps and not deterministic:
-        other = torch.cat([x[:1], 1e4 * x[1:]])
-        assert torch.equal(op(other, state)[0], op(x, state)[0])
-        return
     for rows in ROWS[1:]:
         whole = op(x[:rows], state)
         for row in {0, rows // 2, rows - 1}:
             assert torch.equal(op(x[row : row + 1], state)[0], whole[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_by_an_fp8_weight_is_the_row_alone(dtype):
+    """The layer was not asked to be deterministic; the operation that multiplies for it is."""
+    tensors, _ = fp8_tensors(INPUTS, 80, (), seed=0)
+    stored = {f"l.{name}": (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    spec = LinearSpec(INPUTS, 80, False, dtype, name="l")
+    linear = FP8Method(QuantInit({}, stored, CPU, dtype, op=TorchOps(INIT).build)).linear(spec, (spec,))
+    state = linear.finalize(tensors, CPU)
+    x = normal(512, INPUTS).to(dtype)
+    for rows in ROWS[1:]:
+        whole = linear.forward(x[:rows], state, None)
+        for row in {0, rows // 2, rows - 1}:
+            assert torch.equal(linear.forward(x[row : row + 1], state, None)[0], whole[row])

@@ -55,7 +55,7 @@ def explain(
             ("LAYERS", "", "WEIGHT", "MULTIPLIED BY", "BECAUSE"),
             [(row.layers, str(row.count), row.form, row.op or "the method itself", _because(row)) for row in layers],
         )
-        note("another op set is named by `--ops quant_linear=NAME`, or plugins.ops.quant_linear in the configuration")
+        note("another kernel is named by `--quant-kernel NAME`, or quant.kernel in the configuration")
 
 
 def _layers(session: Session) -> list[LayerChoice]:

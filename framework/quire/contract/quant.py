@@ -34,7 +34,8 @@ class QuantInit:
         device: where the model will run.
         dtype: compute dtype.
         options: the validated instance of `Provider.options`, or None.
-        op: the operation chosen for a spec, as `LayerFactory.op`; `quant_linear` multiplies by integer codes.
+        op: the operation chosen for a spec, as `LayerFactory.op`; `quant_linear` multiplies by integer codes,
+            `linear` by a weight that was dequantized.
     """
 
     config: Mapping[str, Any]

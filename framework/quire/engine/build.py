@@ -139,8 +139,11 @@ def build_model(
     config: ResolvedConfig, host: PluginHost, progress: Progress | None = None, layers: PluginLayers | None = None
 ) -> CausalLM:
     """Load the model onto the device."""
-    init = model_init(config, layers or build_layers(config, host))
-    return load_model(config.checkpoint, config.spec, init, progress or TerminalProgress())
+    layers = layers or build_layers(config, host)
+    model = load_model(config.checkpoint, config.spec, model_init(config, layers), progress or TerminalProgress())
+    for kind, name in layers.unused_overrides().items():
+        logger.warning("%s is named for %s, but the model has no such operation", name, kind)
+    return model
 
 
 def model_init(config: ResolvedConfig, layers: LayerFactory) -> ModelInit:

@@ -75,7 +75,8 @@ def _choices(watching: _Watching, layers: PluginLayers) -> Iterator[tuple[str, s
             yield _path(spec.name), type(quant).__name__, None, ""
             continue
         name, passed_over = layers.judge(wanted)
-        yield _path(spec.name), _form(wanted), name, "; ".join(passed_over)
+        form = "dequantized when it is loaded" if quant is not None and wanted.kind == spec.kind else _form(wanted)
+        yield _path(spec.name), form, name, "; ".join(passed_over)
 
 
 def _path(name: str) -> str:

@@ -62,6 +62,10 @@ class Operations:
             passed_over.append(f"{name}: {'; '.join(why)}")
         return None, passed_over
 
+    def unused_overrides(self) -> dict[str, str]:
+        """Overrides of kinds that nothing has asked for so far."""
+        return {kind: name for kind, name in self._overrides.items() if kind not in {DEFAULT, *self.chosen}}
+
     def _named(self, spec: OpSpec) -> str | None:
         return self._overrides.get(spec.kind) or self._overrides.get(DEFAULT)
 
@@ -91,6 +95,10 @@ class PluginLayers(LayerFactory):
 
     def quantizes(self, spec: LinearSpec) -> bool:
         return self._quantization is not None and self._quantization.linear(spec, (spec,)) is not None
+
+    def unused_overrides(self) -> dict[str, str]:
+        """Kinds of operation for which an op set was named and of which the model has none -> that op set."""
+        return self._operations.unused_overrides()
 
     @property
     def graph_support(self) -> dict[str, GraphSupport]:

@@ -35,17 +35,36 @@ class ReferenceQuantLinear:
         return ((codes.float() - shift) * scales[:, group]).to(self.spec.dtype)
 
     def __call__(self, x: Tensor, state: Tensor, bias: Tensor | None = None) -> Tensor:
-        out = x.new_empty(x.shape[0], self.spec.out_features)
-        for row, values in enumerate(x.double()):
-            out[row] = (state.double() * values).sum(-1).to(x.dtype)
-        return out if bias is None else out + bias
+        return _row_by_row(x, state, bias)
 
     def weight(self, state: Tensor) -> Tensor:
         return state
 
 
-def reference_op(spec: OpSpec) -> ReferenceQuantLinear:
+class ReferenceLinear:
+    """`linear` by its definition, as above."""
+
+    def __init__(self, spec: LinearSpec) -> None:
+        self.spec = spec
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight, bias
+
+    def __call__(self, x: Tensor, state: tuple[Tensor, Tensor | None]) -> Tensor:
+        return _row_by_row(x, *state)
+
+
+def _row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    for row, values in enumerate(x.double()):
+        out[row] = (weight.double() * values).sum(-1).to(x.dtype)
+    return out if bias is None else out + bias
+
+
+def reference_op(spec: OpSpec) -> ReferenceLinear | ReferenceQuantLinear:
     """What methods under test multiply with: `QuantInit.op`. Kernels are tested by their own op sets' kit."""
+    if isinstance(spec, LinearSpec):
+        return ReferenceLinear(spec)
     assert isinstance(spec, QuantLinearSpec)
     return ReferenceQuantLinear(spec)
 

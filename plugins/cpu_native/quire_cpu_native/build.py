@@ -39,6 +39,8 @@ FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "avx512bf16": (*AVX512, "-mavx512bf16", "-mavx512vnni"),
         "avx512": AVX512,
         "avx2": AVX2,
+        "neondot": ("-march=armv8.2-a+dotprod",),
+        "neon": (),
         "generic": (),
     }
 )
@@ -48,10 +50,16 @@ NEEDED: Mapping[str, frozenset[str]] = MappingProxyType(
         "avx512bf16": frozenset({"avx512_bf16", "avx512_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl"}),
         "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"}),
         "avx2": frozenset({"avx2", "fma", "f16c"}),
+        "neondot": frozenset({"asimd", "asimddp"}),
+        "neon": frozenset({"asimd"}),
         "generic": frozenset(),
     }
 )
 """Instruction set -> the flags of the processor that it takes, in Linux's names."""
+BASIC: Mapping[str, frozenset[str]] = MappingProxyType(
+    dict.fromkeys(("aarch64", "arm64"), NEEDED["neon"]) | dict.fromkeys(("x86_64", "amd64"), NEEDED["generic"])
+)
+"""Machine -> the flags that every such processor has; on others kernels are written for nothing but portable C++."""
 
 
 def missing() -> str | None:
@@ -77,9 +85,10 @@ def find_compiler() -> Path | None:
 
 def best_isa() -> str:
     """The best instruction set that this processor has."""
-    if platform.machine().lower() not in {"x86_64", "amd64"}:
+    basic = BASIC.get(platform.machine().lower())
+    if basic is None:
         return "generic"
-    flags = _processor_flags()
+    flags = basic | _processor_flags()
     return next(isa for isa, needed in NEEDED.items() if needed <= flags)
 
 
@@ -88,7 +97,7 @@ def _processor_flags() -> frozenset[str]:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:  # not Linux
         return frozenset()
-    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
     return frozenset(line.partition(":")[2].split())
 
 
@@ -193,10 +202,17 @@ def _run(command: Sequence[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stderr
 
 
+def _of_this_machine() -> list[str]:
+    """Instruction sets that processors of this machine's kind have, or may have."""
+    basic = BASIC.get(platform.machine().lower())
+    if basic is None:
+        return ["generic"]
+    return [isa for isa in FLAGS if isa.startswith("neon") == (basic == NEEDED["neon"])]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Put objects where a wheel takes them from. Raises EngineError without a compiler, or if it fails."""
-    on_x86 = platform.machine().lower() in {"x86_64", "amd64"}
-    isas = list(FLAGS) if on_x86 else ["generic"]
+    isas = _of_this_machine()
     parser = argparse.ArgumentParser(prog="python -m quire_cpu_native.build", description=main.__doc__)
     parser.add_argument("isas", nargs="*", metavar="ISA", help=f"of {', '.join(isas)}; all of them", default=isas)
     parser.add_argument("--out", type=Path, default=CARRIED, help="folder: %(default)s")

@@ -2,23 +2,34 @@
 
 Hugging Face's form calls the block scales `weight_scale_inv`; they are multiplied by all the same. On a GPU that
 multiplies in FP8 they are kept as they are, and activations are rounded to FP8 with scales of their own. Elsewhere
-they are dequantized when they are loaded, and activations stay in the compute dtype, which is more exact.
+they are dequantized when they are loaded, and multiplied by the operation for unquantized weights; activations stay in
+the compute dtype, which is more exact.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import torch
-from quire.plugin import GraphSupport, LinearSpec, QuantInit, QuantLinear, QuantMethod, QuantTensor, UnsupportedModel
+from quire.plugin import (
+    GraphSupport,
+    LinearOp,
+    LinearSpec,
+    OpSpec,
+    QuantInit,
+    QuantLinear,
+    QuantMethod,
+    QuantTensor,
+    UnsupportedModel,
+)
 from torch import Tensor
 
 from quire_quant.codes import per_column
 from quire_quant.linear import SHAPES, refuse_stacked_experts
-from quire_quant.rows import multiply
 from quire_quant.scaled_mm import facts_of, why_not
 
 logger = logging.getLogger(__name__)
@@ -79,6 +90,34 @@ def may_fuse_fp8(init: QuantInit, sources: tuple[LinearSpec, ...], block: tuple[
     return len(kinds) == 1
 
 
+@dataclass(frozen=True, slots=True)
+class Dequantized:
+    """A layer's weight in the compute dtype, packed by the operation for unquantized layers.
+
+    Attributes:
+        op: multiplies by `packed`. like: empty, of the weight's inputs, dtype and device.
+    """
+
+    op: LinearOp
+    packed: Any
+    like: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, op: LinearOp) -> Self:
+        """Packs weight [N, K]."""
+        return cls(op, op.pack(weight, None), weight.new_empty(0, weight.shape[1]))
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, K] -> [T, N]."""
+        out: Tensor = self.op(x, self.packed)
+        return out if bias is None else out + bias
+
+    def dense(self) -> Tensor:
+        """The weight [N, K], from what each input alone is multiplied to."""
+        one = torch.eye(self.like.shape[1], dtype=self.like.dtype, device=self.like.device)
+        return self(one, None).t().contiguous()
+
+
 class FP8Linear(QuantLinear):
     """weight float8 [N, K]; its scale [], [1], [N], [N, 1] or [ceil(N / block), ceil(K / block)].
 
@@ -104,6 +143,9 @@ class FP8Linear(QuantLinear):
         self.why_dequantized = why_not(spec, None if one_each else block, facts_of(init.device))
         if self.why_dequantized:
             logger.debug("%s is dequantized: %s", spec.name, "; ".join(self.why_dequantized))
+        # On the CPU a row must not see how many there are, whether or not that was asked for.
+        self._plain = replace(spec, bias=False, deterministic=spec.deterministic or init.device.type == "cpu")
+        self._op = init.op
 
     def tensors(self) -> tuple[QuantTensor, ...]:
         size = (self.spec.out_features, self.spec.in_features)
@@ -118,7 +160,7 @@ class FP8Linear(QuantLinear):
         if scale.ndim == 1:
             scale = scale[:, None]
         if self.why_dequantized:
-            return self._dense(weight, scale)
+            return Dequantized.of(self._dense(weight, scale), self._op(self._plain))
         from quire_quant.float8_linear import Float8Weight
 
         return Float8Weight(weight.contiguous(), scale.contiguous())
@@ -136,16 +178,15 @@ class FP8Linear(QuantLinear):
             dense[start : start + step] = weight[start : start + step].float() * factor
         return dense
 
+    def operation(self) -> OpSpec | None:
+        return self._plain if self.why_dequantized else None
+
     def forward(self, x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
-        if not isinstance(state, Tensor):
-            product: Tensor = state(x, bias)
-            return product
-        if not self.spec.deterministic:
-            return torch.nn.functional.linear(x, state, bias)
-        return multiply(x, self.spec.out_features, lambda a, b: state[a:b], bias, deterministic=True)
+        product: Tensor = state(x, bias)
+        return product
 
     def dequantize(self, state: Any) -> Tensor:
-        return state if isinstance(state, Tensor) else self._dense(state.weight, state.scale)
+        return state.dense() if isinstance(state, Dequantized) else self._dense(state.weight, state.scale)
 
 
 def _scale_of(init: QuantInit, source: LinearSpec) -> tuple[str, tuple[int, ...]]:

@@ -210,6 +210,12 @@ static inline I add_code_products(I c, Factors a, I b) {
 static inline V load(const int8_t* p) { return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
 static inline V load(const half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 
+#elif defined(QUIRE_ISA_NEON) || defined(QUIRE_ISA_NEONDOT)
+
+}  // namespace quire
+#include "neon.h"
+namespace quire {
+
 #else  // whatever the compiler makes of arrays of eight
 
 constexpr int W = 8;
