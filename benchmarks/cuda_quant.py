@@ -116,7 +116,7 @@ def measurements(quick: bool) -> Iterator[dict[str, Any]]:
     """One entry for each shape, method and number of rows; first the copy's."""
     from cuda_attention import copy_bandwidth, seconds
 
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_bandwidth(seconds)
     yield {"what": "copy", "GB/s": bandwidth / 1e9}
     baseline: dict[int, float] = {}
     for shape, method in plan(quick):

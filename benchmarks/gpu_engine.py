@@ -204,8 +204,8 @@ def report(results: Mapping[str, Any]) -> None:
                 print("\n".join(f"{shape:14}{part}: {line}" for line in told))
 
 
-def main() -> None:
-    """Command line."""
+def main() -> int:
+    """Command line; 1 if a peer failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, action="append", help="may be given several times")
     parser.add_argument("--parts", default="throughput,decode", help="which parts to run; peer: only that")
@@ -217,17 +217,11 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--option", action="append", default=[], metavar="FIELD=VALUE", help="of the engine")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--table", type=Path, nargs="*", help="run nothing, print these files that --json has written")
     parser.add_argument("--peer", type=Path, help="script that runs vLLM")
     parser.add_argument("--peer-path", type=Path, help="folder of vLLM's packages")
     parser.add_argument("--peer-backends", default="FLASH_ATTN,TRITON_ATTN")
     parser.add_argument("--peer-limit", type=int, default=300, help="seconds for vLLM with each of them")
     arguments = parser.parse_args()
-    if arguments.table is not None:
-        for file in arguments.table:
-            if file.is_file():
-                report(json.loads(file.read_text())["shapes"])
-        return
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     machine = {"gpu": gpu, "torch": torch.__version__, "python": platform.python_version()}
     results: dict[str, Any] = {}
@@ -237,7 +231,9 @@ def main() -> None:
             if arguments.json is not None:  # after each, so that a time limit leaves what there is
                 arguments.json.write_text(json.dumps({"machine": machine, "shapes": results}, indent=1, default=str))
     report(results)
+    peers = [row for result in results.values() for part, row in result.items() if part.startswith("vllm")]
+    return int(any(row["exit code"] != 0 for row in peers))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -157,7 +157,7 @@ def check(case: Case) -> Found:
     found = Found(case.arch, case.name)
     try:
         binary = compiled(case)
-        values, listing = inspect(binary)
+        values, listing = inspect(binary, listed=True)
     except Exception as error:
         while error.__cause__ is not None:
             error = error.__cause__

@@ -18,6 +18,7 @@ REMOTE = "tests/remote/test_remote_engine.py"
 QUANT_WORDS = "tests/quant_cuda/test_words.py"
 QUANT_CUDA = "tests/quant_cuda/test_kernels.py"
 QUANT_FLOAT8 = "tests/quant_cuda/test_float8.py"
+CPU_REF = "tests/cpu_ref/test_attention.py"
 DETERMINISTIC = "tests/engine/test_deterministic.py"
 
 
@@ -354,7 +355,11 @@ MUTANTS = (
         BATCH,
     ),
     Mutant(
-        "batch: first row sampled instead of last", BUILDER, "starts[1:][samples] - 1", "starts[:-1][samples]", BATCH
+        "batch: first row sampled instead of last",
+        BUILDER,
+        "starts[1:][samples != 0] - 1",
+        "starts[:-1][samples != 0]",
+        BATCH,
     ),
     Mutant(
         "overlap: end token kept and another one after it",
@@ -389,7 +394,7 @@ MUTANTS = (
         "overlap: a step that brings nothing is not waited for",
         RUNNER,
         "copy = self._parts.device.copy_to_host(tensors)",
-        "copy = self._parts.device.copy_to_host(tensors) if tensors else HostCopy(())",
+        "copy = self._parts.device.copy_to_host(tensors) if tensors else __import__('quire.plugin').plugin.HostCopy(())",
         OVERLAP,
     ),
     Mutant(
@@ -637,6 +642,59 @@ MUTANTS = (
         CUDA,
     ),
     Mutant(
+        "kernel: 8-bit keys are read without their scale", CUDA_ATTENTION, "layer.scale * k_scale", "layer.scale", CUDA
+    ),
+    Mutant("kernel: 8-bit values are read without their scale", KERNELS, "acc * v_scale /", "acc /", CUDA),
+    Mutant(
+        "kernel: scales are taken from other caches too",
+        CUDA_ATTENTION,
+        "layer.cache_scales(keys.dtype)",
+        "(layer.k_scale, layer.v_scale)",
+        CUDA,
+    ),
+    Mutant(
+        "kernel: 8-bit caches are written without their scale",
+        ROW_KERNELS,
+        "x = x.to(tl.float32) * inverse_scale",
+        "x = x.to(tl.float32)",
+        CUDA,
+    ),
+    Mutant(
+        "kernel: keys are written with the scale of values",
+        "plugins/cuda_paged/quire_cuda_paged/prepare.py",
+        "for scale in layer.cache_scales(keys.dtype)",
+        "for scale in layer.cache_scales(keys.dtype)[::-1]",
+        CUDA,
+    ),
+    Mutant(
+        "kv scales: the reference writes without them",
+        "framework/quire/contract/attention.py",
+        "x if scale == 1.0 else x.float() * (1 / scale)",
+        "x",
+        CPU_REF,
+    ),
+    Mutant(
+        "kv scales: the reference reads values with the scale of keys",
+        "plugins/cpu_ref/quire_cpu_ref/tiles.py",
+        "k_scale, v_scale = beside or layer.cache_scales(keys.dtype)",
+        "v_scale, k_scale = beside or layer.cache_scales(keys.dtype)",
+        CPU_REF,
+    ),
+    Mutant(
+        "kv scales: a checkpoint's are not given to attention",
+        "framework/quire/models/decoder.py",
+        "            layer.attention.layer = facts\n",
+        "            del facts\n",
+        "tests/models/test_kv_scales.py",
+    ),
+    Mutant(
+        "kv scales: those of values are taken for those of keys",
+        "framework/quire/layers/kv_scales.py",
+        '[f"{match[3]}_scale"]',
+        '["k_scale"]',
+        "tests/models/test_kv_scales.py",
+    ),
+    Mutant(
         "sampling kernel: ties with the threshold are cut off",
         SAMPLING_KERNELS,
         "(_key(x) >= kept) & (weights >= min_p)",
@@ -723,8 +781,8 @@ MUTANTS = (
     Mutant(
         "kernel: keys are cached before they are turned",
         ROW_KERNELS,
-        "tl.store(k_cache_ptr + slot * k_slot + at, _within(k, LARGEST).to(",
-        "tl.store(k_cache_ptr + slot * k_slot + at, tl.load(qkv + HEADS * D + at, mask=inside, other=0.0).to(",
+        "k = _as_cached(k, k_inverse, LARGEST)",
+        "k = _as_cached(tl.load(qkv + HEADS * D + at, mask=inside, other=0.0), k_inverse, LARGEST)",
         CUDA,
     ),
     Mutant(

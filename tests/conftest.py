@@ -1,5 +1,7 @@
 """What every test starts with, and what tests of several folders share."""
 
+import functools
+import inspect
 import logging
 
 import numpy as np
@@ -71,3 +73,20 @@ def interpreter(monkeypatch):
         return result
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)
+
+    def patch_builtin(package, builder, *rest):
+        """Triton looks through the whole language anew whenever a kernel calls a helper: a third of a test's time."""
+        for name in builtins_of(package):
+            member = getattr(package, name)
+            if tl.core.is_builtin(member):  # else it is replaced already
+                interpreter._patch_attr(package, name, member, builder, *rest)
+
+    monkeypatch.setattr(interpreter, "_patch_builtin", patch_builtin)
+
+
+@functools.cache
+def builtins_of(package):
+    """What the interpreter replaces of a part of the language, by name."""
+    import triton.language as tl
+
+    return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]

@@ -71,6 +71,14 @@ class WritesBeside(CpuRefAttention):
         kv[0].view(-1, *kv[0].shape[2:])[beside] = k[-1]
 
 
+class IgnoresCacheScales(CpuRefAttention):
+    def write_kv(self, layer, k, v, kv, batch):
+        super().write_kv(dataclasses.replace(layer, k_scale=1.0, v_scale=1.0), k, v, kv, batch)
+
+    def forward(self, layer, q, k, v, kv, batch, plan, out):
+        super().forward(dataclasses.replace(layer, k_scale=1.0, v_scale=1.0), q, k, v, kv, batch, plan, out)
+
+
 class WritesInForward(CpuRefAttention):
     def forward(self, layer, q, k, v, kv, batch, plan, out):
         super().forward(layer, q, k, v, kv, batch, plan, out)
@@ -232,6 +240,7 @@ FAULTS = (
     Fault("v size taken for the keys'", "attention", AssumesVSize),
     Fault("KV written to the wrong slot", "attention", WrongSlot),
     Fault("KV written beside its slot", "attention", WritesBeside),
+    Fault("scales of 8-bit floats ignored", "attention", IgnoresCacheScales),
     Fault("forward writes KV", "attention", WritesInForward),
     Fault("padding rows left as they were", "attention", LeavesPadding),
     Fault("stale slots hidden by a mask only", "attention", KeepsStale),

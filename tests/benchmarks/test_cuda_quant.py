@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from quire_quant.cuda_words import unit_of
@@ -48,3 +49,15 @@ def test_rings_are_larger_than_caches(benchmark):
         count = benchmark.ring_size(shape, method.bits)
         assert count >= 2
         assert count * benchmark.moved_bytes(shape, 0, method.bits) >= benchmark.RING_BYTES
+
+
+def test_the_copy_is_measured_first(benchmark, monkeypatch):
+    """Once the copy's function was called without what measures it."""
+
+    def copy_bandwidth(time):
+        return 2e9 / time(None)
+
+    monkeypatch.setitem(
+        sys.modules, "cuda_attention", SimpleNamespace(copy_bandwidth=copy_bandwidth, seconds=lambda work: 2)
+    )
+    assert next(benchmark.measurements(quick=True)) == {"what": "copy", "GB/s": 1.0}

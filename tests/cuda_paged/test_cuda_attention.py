@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 from quire.contract.attention import AttentionBackend
 from quire.testing.attention import AttentionConformance
+from quire.testing.attention_harness import AttentionHarness
+from quire.testing.attention_results import AttentionResults
 from quire_cuda_paged.attention import CudaPagedAttention
 
 
@@ -13,6 +15,22 @@ class Interpreted(CudaPagedAttention):
 
 
 class TestCudaPaged(AttentionConformance):
+    """See conftest.py for what the default suite leaves out."""
+
+    examples = 5
+
+    @pytest.fixture
+    def backend_class(self) -> type[AttentionBackend]:
+        return Interpreted
+
+
+@pytest.mark.kernels
+class TestManyShapes(AttentionHarness):
+    """As many random problems as other backends are given."""
+
+    examples = AttentionResults.examples
+    test_any_shape = AttentionResults.test_any_shape
+
     @pytest.fixture
     def backend_class(self) -> type[AttentionBackend]:
         return Interpreted

@@ -18,6 +18,7 @@ class TestCudaSampler(SamplerConformance):
     """All but the frequencies, which take tens of thousands of draws: the tokens are held to the reference's below."""
 
     test_frequencies = test_frequencies_over_seeds = None
+    num_rows = 8
 
     @pytest.fixture
     def sampler_class(self):

@@ -36,7 +36,7 @@ def answers(params, **options):
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
     outputs = llm.chat(chats, params, use_tqdm=False)
     stats = llm.engine.kv_stats()
-    captured = llm.engine.parts.executor._runner._graphs._captured
+    captured = llm.engine.parts.executor._runner._forward._graphs._captured
     llm.shutdown()
     assert stats.used == 0
     return [output.outputs[0].token_ids for output in outputs], len(captured)

@@ -135,7 +135,13 @@ def test_fp8_checkpoints(shape_of, static, tmp_path):
     ("method_class", "settings", "words"),
     [
         (CompressedTensorsMethod, config(form="int-quantized"), "format 'int-quantized' is not supported.*export"),
-        (CompressedTensorsMethod, config() | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        (
+            CompressedTensorsMethod,
+            config() | {"kv_cache_scheme": {"num_bits": 8, "type": "int"}},
+            "scheme has type 'int'",
+        ),
+        (CompressedTensorsMethod, config() | {"kv_cache_scheme": {"dynamic": True}}, "dynamic True; read is False"),
+        (CompressedTensorsMethod, config() | {"kv_cache_scheme": {"strategy": "attn_head"}}, "strategy 'attn_head'"),
         (CompressedTensorsMethod, config() | {"sparsity_config": {"format": "sparse-24"}}, "sparse"),
         (CompressedTensorsMethod, config(9), "num_bits is 9"),
         (CompressedTensorsMethod, config() | {"config_groups": {}}, "no group.*targets it"),

@@ -60,6 +60,8 @@ class AttentionLayer:
         sinks: per-head logits [Hq] that take part in the softmax's denominator; None: none.
         alibi_slopes: float32 [Hq]; slope · (key position - query position) is added to a score, after scale and
             softcap (Press et al. 2022); None: nothing.
+        k_scale: a cache of 8-bit floats holds k / k_scale; others hold k. As the checkpoint was calibrated.
+        v_scale: the same for v.
     """
 
     layer_id: int
@@ -72,6 +74,12 @@ class AttentionLayer:
     logit_softcap: float | None = None
     sinks: Tensor | None = None
     alibi_slopes: Tensor | None = None
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+    def cache_scales(self, dtype: torch.dtype) -> tuple[float, float]:
+        """What elements of caches of this dtype are multiplied by to give k and v: 1 except for 8-bit floats."""
+        return (self.k_scale, self.v_scale) if is_float8(dtype) else (1.0, 1.0)
 
     @property
     def features(self) -> frozenset[str]:
@@ -283,13 +291,17 @@ class AttentionBackend(ABC):
     def write_kv(self, layer: AttentionLayer, k: Tensor, v: Tensor, kv: KVCaches, batch: AttentionBatch) -> None:
         """Store k [T, Hkv, D] and v [T, Hkv, Dv] in the slots of `batch.slot_mapping`.
 
-        What is beyond the range of 8-bit floats becomes the largest number that they hold.
+        8-bit floats hold `layer.k_scale` and `layer.v_scale` times less; what is beyond their range then becomes the
+        largest number that they hold.
         """
         if kv[0].dtype is torch.int8:
             (k, k_scale), (v, v_scale) = quantize_kv(k), quantize_kv(v)
             written: tuple[Tensor, ...] = (k, v, k_scale, v_scale)
         else:
-            written = (k, v)
+            scales = layer.cache_scales(kv[0].dtype)
+            written = tuple(
+                x if scale == 1.0 else x.float() * (1 / scale) for x, scale in zip((k, v), scales, strict=True)
+            )
         for cache, value in zip(kv, written, strict=True):
             stored = in_cache_dtype(value, cache.dtype)
             if cache.dtype.itemsize == 1:  # torch indexes bytes, but no 8-bit floats
@@ -361,9 +373,14 @@ def kv_cache_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return dtype if name == "auto" else KV_DTYPES[name]
 
 
+def is_float8(dtype: torch.dtype) -> bool:
+    """Whether these are floats of 8 bits."""
+    return dtype.itemsize == 1 and dtype.is_floating_point
+
+
 def in_cache_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as a cache of this dtype holds it."""
-    if dtype.itemsize == 1 and dtype.is_floating_point:  # torch before 2.13 makes NaN of what is out of range
+    """x as a cache of this dtype holds it, of 8-bit floats without their scales."""
+    if is_float8(dtype):  # torch before 2.13 makes NaN of what is out of range
         largest = torch.finfo(dtype).max
         x = x.clamp(-largest, largest)
     return x.to(dtype)

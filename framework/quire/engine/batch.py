@@ -92,7 +92,7 @@ class BatchBuilder:
 
         No rows at all make a step of padding only.
         """
-        slots, computed, new = _columns(rows)
+        slots, computed, new, samples = _columns(rows)
         num_reqs, num_tokens = len(rows), int(new.sum())
         padded_reqs, padded_tokens = (key.num_reqs, key.num_tokens) if key else (num_reqs, num_tokens)
         starts, query_start_loc, seq_lens = self._stage_lengths(padded_reqs, computed, new)
@@ -100,15 +100,15 @@ class BatchBuilder:
         slot_room = self._staging.reserve(padded_reqs, torch.int64)
         slot_room.array[:num_reqs] = slots
         slot_room.array[num_reqs:] = self._rows.padding_slot
-        samples = np.flatnonzero([row.samples for row in rows])
-        longest = int(new.max(initial=0))
+        lengths = [row.num_new_tokens for row in rows]
+        longest = max(lengths, default=0)
         return StagedBatch(
             key=key,
             num_reqs=padded_reqs,
             num_tokens=padded_tokens,
             num_real_tokens=num_tokens,
             # A graph's scalars must not change either: bounds that hold for every step of its size.
-            uniform_query_len=key.uniform_query_len if key else longest * int(new.min(initial=longest) == longest),
+            uniform_query_len=key.uniform_query_len if key else longest * (min(lengths, default=0) == longest),
             max_query_len=(key.uniform_query_len or key.num_tokens) if key else longest,
             max_seq_len=self._rows.max_blocks * self._block_size if key else int((computed + new).max(initial=0)),
             query_start_loc=query_start_loc,
@@ -117,7 +117,7 @@ class BatchBuilder:
             positions=positions,
             token_index=token_index,
             slots=slot_room.device,
-            sample_rows=self._staging.put(starts[1:][samples] - 1),
+            sample_rows=self._staging.put(starts[1:][samples != 0] - 1),
         )
 
     def inputs(self, staged: StagedBatch) -> StepInputs:
@@ -189,8 +189,8 @@ class BatchBuilder:
         return rooms[0].device, rooms[1].device, rooms[2].device
 
 
-def _columns(rows: Sequence[ScheduledRow]) -> tuple[IntArray, IntArray, IntArray]:
-    """Slots, computed and new tokens of the rows."""
-    table = np.array([(row.slot, row.num_computed_tokens, row.num_new_tokens) for row in rows], dtype=np.int64)
-    slots, computed, new = table.reshape(-1, 3).T
-    return slots, computed, new
+def _columns(rows: Sequence[ScheduledRow]) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """Slots, computed and new tokens of the rows, and whether they sample."""
+    table = [(row.slot, row.num_computed_tokens, row.num_new_tokens, row.samples) for row in rows]
+    slots, computed, new, samples = np.array(table, dtype=np.int64).reshape(-1, 4).T
+    return slots, computed, new, samples

@@ -13,7 +13,7 @@ import torch
 
 from quire.config import Configured, EngineConfig, configure, core_sections, with_defaults
 from quire.config_sections import check_sections
-from quire.contract.attention import AttentionBackend, AttentionInit
+from quire.contract.attention import AttentionBackend, AttentionInit, is_float8
 from quire.contract.executor import Executor, ExecutorInit
 from quire.contract.kv import KVAllocator, KVInit
 from quire.contract.metrics import MetricsInit, StepStats
@@ -176,6 +176,8 @@ def build_attention(config: ResolvedConfig, host: PluginHost, model: CausalLM) -
         kv_dtype=config.config.kv_cache_dtype,
     )
     backend: AttentionBackend = choice.make(init)
+    if any(layer.k_scale != 1.0 or layer.v_scale != 1.0 for layer in init.layers) and not is_float8(init.cache_dtype):
+        logger.info("the checkpoint's KV cache scales are not used; they are for kv_cache_dtype fp8_e4m3")
     somewhere = torch.zeros(1, 1, dtype=torch.int64)
     if any(backend.sees(layer, somewhere, somewhere[0]) is not None for layer in init.layers):
         logger.warning("attention %r leaves out keys on purpose: results are not the model's", choice.name)

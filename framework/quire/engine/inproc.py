@@ -15,6 +15,7 @@ from quire.contract.executor import Executor, ExecutorInit, KVBudget
 from quire.contract.model import CausalLM
 from quire.contract.request import Schedule, StepResult
 from quire.engine.build import build_attention, build_layers, build_model, build_pipeline
+from quire.engine.preparing import StepSizes
 from quire.engine.runner import Runner, RunnerParts
 from quire.engine.warmup import capture_graphs, peak_bytes
 from quire.errors import EngineError, OutOfMemory, PluginError
@@ -74,10 +75,12 @@ class InprocExecutor(Executor):
                     device=self._device,
                     graph_support={"attention": backend.caps.graph, "the model": model.graph, **layers.graph_support},
                     pipeline=build_pipeline(config, self._host, model.vocab_size),
-                    max_num_seqs=config.max_num_seqs,
-                    max_num_batched_tokens=config.max_num_batched_tokens,
-                    max_model_len=config.max_model_len,
-                    block_size=config.block_size,
+                    sizes=StepSizes(
+                        max_num_seqs=config.max_num_seqs,
+                        max_num_batched_tokens=config.max_num_batched_tokens,
+                        max_model_len=config.max_model_len,
+                        block_size=config.block_size,
+                    ),
                     blame=self._host.blame,
                 )
             )

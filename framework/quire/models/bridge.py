@@ -16,6 +16,7 @@ from torch import Tensor
 from quire.contract.attention import AttentionLayer
 from quire.contract.model import CausalLM, ModelInit, ModelSpec, StepContext
 from quire.errors import UnsupportedModel
+from quire.layers.kv_scales import KVScales
 from quire.models.bridge_attention import NAME, PagedStep, layers_of, register, running
 from quire.models.bridge_check import check_model
 from quire.models.bridge_weights import BridgeWeights, fill_buffers
@@ -102,6 +103,7 @@ class BridgedModel(CausalLM):
         self.attention_layers = layers_of(self._model)
         self.vocab_size = int(self._model.config.get_text_config().vocab_size)
         self._weights = BridgeWeights(init, self._model)
+        self._kv_scales = KVScales()
         decoder = _decoder(self._model)
         self._decode = decoder.forward
         self._hidden: Tensor | None = None
@@ -122,12 +124,13 @@ class BridgedModel(CausalLM):
         return logits.float()
 
     def load_weight(self, name: str, tensor: Tensor) -> bool:
-        return self._weights.load(name, tensor)
+        return self._kv_scales.load(name, tensor) or self._weights.load(name, tensor)
 
     def missing_weights(self) -> list[str]:
         return self._weights.missing()
 
     def finalize(self) -> None:
+        self.attention_layers = self._kv_scales.applied(self.attention_layers)
         self._model.tie_weights()
         fill_buffers(self._model, self._init.device)
         self._model.eval()

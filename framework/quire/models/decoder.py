@@ -18,6 +18,7 @@ from quire.contract.model import CausalLM, ModelInit, ModelSpec, StepContext
 from quire.contract.ops import Activation, elementwise
 from quire.layers.attention import Attention, AttentionNames, AttentionStyle
 from quire.layers.basic import Embedding, GatedMLP, Head, RMSNorm
+from quire.layers.kv_scales import KVScales
 from quire.layers.linear import Source
 from quire.layers.moe import ExpertNames, ExpertSizes, QuantizedSparseMLP, sparse_mlp
 from quire.layers.rotary import RopeConfig, Rotary
@@ -98,6 +99,7 @@ class Decoder(CausalLM):
         self._config = config
         self._deterministic = init.deterministic
         self._table = table = WeightTable()
+        self._kv_scales = KVScales()
         self._embedding = Embedding(init, table, "model.embed_tokens", config.vocab_size, config.hidden_size)
         self._ropes = {name: Rotary(rope, init.max_model_len, init.device) for name, rope in config.ropes.items()}
         self._layers = [DecoderLayer(init, table, layer) for layer in self.attention_layers]
@@ -131,7 +133,8 @@ class Decoder(CausalLM):
         if self._config.expert_names == "mixtral":
             name = name.replace(".mlp.", ".block_sparse_moe.")  # as transformers 5 names it in its own format
         # Derived tables that old checkpoints carry along.
-        return name.endswith("rotary_emb.inv_freq") or self._table.load(name, tensor)
+        is_derived = name.endswith("rotary_emb.inv_freq")
+        return is_derived or self._table.load(name, tensor) or self._kv_scales.load(name, tensor)
 
     def missing_weights(self) -> list[str]:
         return self._table.missing()
@@ -139,6 +142,9 @@ class Decoder(CausalLM):
     def finalize(self) -> None:
         self._table.finish()
         self._head.finalize()
+        self.attention_layers = self._kv_scales.applied(self.attention_layers)
+        for layer, facts in zip(self._layers, self.attention_layers, strict=True):
+            layer.attention.layer = facts
 
 
 class DecoderLayer:
@@ -152,7 +158,7 @@ class DecoderLayer:
             return RMSNorm(init, table, f"{prefix}.{name}", config.hidden_size, config.norm_eps, config.norm_offset)
 
         self._input_norm = norm("input_layernorm")
-        self._attention = _attention(init, table, layer, f"{prefix}.self_attn")
+        self.attention = _attention(init, table, layer, f"{prefix}.self_attn")
         self._after_attention: RMSNorm | None = None
         self._after_mlp: RMSNorm | None = None
         if config.sandwich_norms:
@@ -171,7 +177,7 @@ class DecoderLayer:
             normed, residual = self._input_norm(x)[0], x
         else:
             normed, residual = self._input_norm(x, residual)
-        x = self._attention(normed, rotary, ctx)
+        x = self.attention(normed, rotary, ctx)
         if self._after_attention is not None:
             x = self._after_attention(x)[0]
         x, residual = self._mlp_norm(x, residual)

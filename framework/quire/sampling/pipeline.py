@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,6 +44,10 @@ class SampledRows:
     logprobs: list[TokenLogprobs | None]
     errors: list[str | None]
 
+    def rows(self) -> Iterator[tuple[int, TokenLogprobs | None, str | None]]:
+        """Row by row."""
+        return zip(self.token_ids, self.logprobs, self.errors, strict=True)
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingResult:
@@ -74,7 +78,9 @@ class SamplingResult:
         if self.figures is not None:
             for row, entry in zip(self.wanted, logprob_entries(tensors[1], self.counts), strict=True):
                 logprobs[row] = entry
-        errors = [known or _REASONS.get(code) for code, known in zip(outcome, self.failed, strict=True)]
+        errors: list[str | None] = list(self.failed)
+        if min(outcome, default=0) < 0:
+            errors = [known or _REASONS.get(code) for code, known in zip(outcome, self.failed, strict=True)]
         return SampledRows(outcome, logprobs, errors)
 
 
@@ -164,10 +170,13 @@ class SamplingPipeline:
                 except Exception:
                     logger.warning("logits processor %r failed to give up a slot", name, exc_info=True)
 
-    def told(self, slot: int, token: int) -> None:
-        """The host has learnt the slot's newest token."""
-        if slot in self._host_tokens:
-            self._host_tokens[slot].append(token)
+    def told(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+        """The host has learnt the slots' newest tokens."""
+        if not self._host_tokens:
+            return
+        for slot, token in zip(slots, tokens, strict=True):
+            if slot in self._host_tokens:
+                self._host_tokens[slot].append(token)
 
     def columns(self, slots: Sequence[int], num_tokens: Sequence[int]) -> SamplingColumns:
         """The sampler's parameters for these rows; `num_tokens` are the positions of the tokens to be sampled."""

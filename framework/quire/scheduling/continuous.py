@@ -266,7 +266,7 @@ class ContinuousScheduler(Scheduler):
             new_ids = (result.token_id,)
         prompt_logprobs = self._untold(request, row, result)
         computed = row.num_computed_tokens + row.num_new_tokens
-        if computed >= request.num_prompt_tokens:
+        if row.num_computed_tokens < request.num_prompt_tokens <= computed:
             self._forkable.add(request.request_id)
         self._allocator.commit(request.request_id, request.token_ids, computed)
         reason = self._stop_reason(request) if new_ids else None

@@ -78,10 +78,10 @@ def oracle(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, backend: Atte
     return out
 
 
-def held_exactly(x: Tensor, stored: torch.dtype) -> Tensor:
-    """Numbers near x [.., D] that a cache of this dtype holds exactly."""
+def held_exactly(x: Tensor, stored: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Numbers near x [.., D] that a cache of this dtype holds exactly; `scale`: of 8-bit floats."""
     if stored is not torch.int8:
-        return in_cache_dtype(x, stored).to(x.dtype)
+        return in_cache_dtype(x / scale, stored).to(x.dtype) * scale
     codes = (x * 32).round().clamp(-127, 127)
     codes[..., 0] = 127  # the head's largest, so that its scale is 1/32
     return codes / 32
@@ -121,9 +121,9 @@ class Problem:
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(dtype)
 
-        def draw_kv(*shape: int) -> Tensor:
-            drawn = draw(*shape)
-            return drawn if stored is None else held_exactly(drawn, stored)
+        def draw_kv(size: int, count: int, scale: float) -> Tensor:
+            drawn = draw(count, layer.num_kv_heads, size)
+            return drawn if stored is None else held_exactly(drawn, stored, scale)
 
         totals = [q + c for q, c in zip(query_lens, context_lens, strict=True)]
         return cls(
@@ -132,8 +132,8 @@ class Problem:
             query_lens,
             context_lens,
             draw(case.batch.num_tokens, layer.num_heads, layer.head_dim),
-            [draw_kv(total, layer.num_kv_heads, layer.head_dim) for total in totals],
-            [draw_kv(total, layer.num_kv_heads, layer.v_head_dim) for total in totals],
+            [draw_kv(layer.head_dim, total, layer.k_scale) for total in totals],
+            [draw_kv(layer.v_head_dim, total, layer.v_scale) for total in totals],
         )
 
     def new_kv(self) -> tuple[Tensor, Tensor]:

@@ -45,12 +45,14 @@ class AttentionPromises(AttentionHarness):
     def test_prepare_qkv_fills_every_cache(self, backend_class: type[AttentionBackend], kv_dtype: str) -> None:
         """Into a cache of a declared dtype a fused `prepare_qkv` rounds as `write_kv` does, and stays within its range.
 
-        If it fails: limit what is written to the dtype's range before it is rounded, to the nearest and to even; in
-        int8, multiply by 127 / the head's largest, and store the largest / 127 as its scale.
+        If it fails: divide by `layer.cache_scales`, limit what is written to the dtype's range before it is rounded, to
+        the nearest and to even; in int8, multiply by 127 / the head's largest, and store the largest / 127 as its
+        scale.
         """
         if kv_dtype not in backend_class.caps.kv_dtypes:
             pytest.skip(f"does not declare the cache dtype {kv_dtype!r}")
-        backend = self.make(backend_class, make_layer("gqa"), torch.float32, 16, kv_dtype=kv_dtype)
+        layer = dataclasses.replace(make_layer("gqa"), k_scale=0.3, v_scale=3.0)
+        backend = self.make(backend_class, layer, torch.float32, 16, kv_dtype=kv_dtype)
         step = make_step(backend, CASES["mixed"], torch.float32, norms="both", rotary_dim=32)
         step.qkv[0] *= 1e4  # values are not normed
         step = placed(step, self.device)

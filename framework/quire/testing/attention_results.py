@@ -24,7 +24,9 @@ LONG: tuple[tuple[Sequence[int], Sequence[int]], ...] = (
 
 
 class AttentionResults(AttentionHarness):
-    """What every attention backend must hold."""
+    """What every attention backend must hold. `examples`: random problems that are tried."""
+
+    examples = 40
 
     @pytest.mark.parametrize("case", CASES)
     @pytest.mark.parametrize("layer", LAYERS)
@@ -66,6 +68,25 @@ class AttentionResults(AttentionHarness):
         self.check(backend_class, rounded, kv_dtype=kv_dtype, added=KV_TOLERANCE[kv_dtype])
         large = dataclasses.replace(rounded, values=[value * 1e4 for value in rounded.values])
         self.run(backend_class, large, kv_dtype=kv_dtype)  # which checks that all is finite
+
+    @pytest.mark.parametrize("case", ["decode", "mixed"])
+    def test_scales_of_8_bit_floats(self, backend_class: type[AttentionBackend], case: str) -> None:
+        """The layer's scales: what is stored is k / k_scale and v / v_scale, and only in a cache of 8-bit floats.
+
+        If it fails: take `layer.cache_scales(dtype of the cache)` where the cache is read, the keys' before softcap and
+        softmax; a `write_kv` of one's own divides by them before it limits the range.
+        """
+        if "fp8_e4m3" not in backend_class.caps.kv_dtypes:
+            pytest.skip("does not declare the cache dtype 'fp8_e4m3'")
+        for name in ("gqa", "softcap"):
+            layer = dataclasses.replace(make_layer(name), k_scale=0.3, v_scale=5.0)
+            if backend_class.supports(layer, torch.float32, self.device, 16):
+                continue
+            exact = Problem.make(layer, CASES[case], torch.float32, stored=KV_DTYPES["fp8_e4m3"])
+            self.check(backend_class, exact, kv_dtype="fp8_e4m3")
+        self.check(backend_class, Problem.make(layer, CASES[case], torch.float32))
+        wide = dataclasses.replace(exact, values=[value * 1e4 for value in exact.values])
+        self.run(backend_class, wide, kv_dtype="fp8_e4m3")  # which checks that all is finite
 
     @pytest.mark.parametrize("block_size", [1, 3, 8, 32, 64])
     def test_block_sizes(self, backend_class: type[AttentionBackend], block_size: int) -> None:
@@ -161,7 +182,7 @@ class AttentionResults(AttentionHarness):
             padding=st.tuples(st.integers(0, 2), st.integers(0, 3)),
             seed=st.integers(0, 99),
         )
-        @settings(max_examples=40, deadline=None)
+        @settings(max_examples=self.examples, deadline=None)
         def check(rows: list[tuple[int, int]], layer: str, size: int, padding: tuple[int, int], seed: int) -> None:
             lens = ([row[0] for row in rows], [row[1] for row in rows])
             facts = make_layer(layer, 16 if layer == "other v size" else 8)

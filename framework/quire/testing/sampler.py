@@ -53,9 +53,10 @@ def chi_square(counts: Tensor, expected: Tensor) -> float:
 
 
 class SamplerConformance:
-    """What every sampler must hold. Subclass, and give the fixture `sampler_class`."""
+    """What every sampler must hold. Subclass, and give the fixture `sampler_class`. `num_rows`: of large batches."""
 
     device = "cpu"
+    num_rows = 24
     logits = (2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, -6.0)
 
     @pytest.fixture
@@ -132,13 +133,13 @@ class SamplerConformance:
         If it fails: draw from a counter-based generator keyed by seed and position, not from one that the batch shares.
         """
         generator = torch.Generator().manual_seed(0)
-        logits = torch.randn(24, 500, generator=generator) * 2
+        logits = torch.randn(self.num_rows, 500, generator=generator) * 2
         rows = [
             RowParams((0.0, 0.8, 1.3)[i % 3], (0, 20)[i % 2], (1.0, 0.9)[i // 2 % 2], (0.0, 0.02)[i // 4 % 2], i, 7 * i)
-            for i in range(24)
+            for i in range(self.num_rows)
         ]
         together = self.sample(sampler_class, logits, rows)
-        alone = [self.sample(sampler_class, logits[i : i + 1], [rows[i]])[0] for i in range(24)]
+        alone = [self.sample(sampler_class, logits[i : i + 1], [rows[i]])[0] for i in range(self.num_rows)]
         backwards = self.sample(sampler_class, logits.flip(0), rows[::-1])[::-1]
         assert together == alone == backwards
 
@@ -162,7 +163,7 @@ class SamplerConformance:
         If it fails: subtract the maximum before exp, and search a cumulative sum strictly, so that a weight of 0 is
         passed over.
         """
-        logits = torch.full((40, 50_000), float("-inf"))
+        logits = torch.full((self.num_rows, 50_000), float("-inf"))
         logits[:, [7, 49_999]] = torch.tensor([3.0e38, 3.0e38])
-        drawn = self.sample(sampler_class, logits, [RowParams(temperature=0.5, seed=i) for i in range(40)])
+        drawn = self.sample(sampler_class, logits, [RowParams(temperature=0.5, seed=i) for i in range(self.num_rows)])
         assert set(drawn) == {7, 49_999}

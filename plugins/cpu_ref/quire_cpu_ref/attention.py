@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from quire_cpu_ref.groups import Group, Shape, make_groups
 from quire_cpu_ref.prepare import can_fuse, normed_and_turned
-from quire_cpu_ref.tiles import SPELT_OUT, TilePlan, plan_tiles, run_tiles, with_scales
+from quire_cpu_ref.tiles import SPELT_OUT, Scale, TilePlan, plan_tiles, run_tiles, scaled, with_scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def layer_shape(layer: AttentionLayer) -> Shape:
 
 def attend(layer: AttentionLayer, q: Tensor, kv: KVCaches, group: Group) -> Tensor:
     """Attention of one group: [B·q, Hq, Dv] of q [T, Hq, D]."""
-    keys, values = (_gather(cache, scale, group, q.dtype) for cache, scale in with_scales(kv))
+    keys, values = (_gather(cache, scale, group, q.dtype) for cache, scale in with_scales(layer, kv))
     queries = q.index_select(0, group.tokens)
     folded = (group.num_rows, layer.num_kv_heads, -1)
     queries = queries.view(group.num_rows, group.query_len, layer.num_heads, layer.head_dim).transpose(1, 2)
@@ -113,12 +113,9 @@ def attend(layer: AttentionLayer, q: Tensor, kv: KVCaches, group: Group) -> Tens
     return result.transpose(1, 2).reshape(-1, layer.num_heads, layer.v_head_dim)
 
 
-def _gather(cache: Tensor, scale: Tensor | None, group: Group, dtype: torch.dtype) -> Tensor:
+def _gather(cache: Tensor, scale: Scale, group: Group, dtype: torch.dtype) -> Tensor:
     """The pieces' KV as [B, Hkv, N, D] in the compute dtype, with zeros in stale places: a mask cannot hide a NaN."""
-    found = cache.index_select(0, group.blocks)
-    if scale is not None:
-        found = found * scale.index_select(0, group.blocks)[..., None]
-    found = found.flatten(0, 1).to(dtype)
+    found = scaled(cache, scale, group.blocks).flatten(0, 1).to(dtype)
     if group.stale.numel():
         found.index_fill_(0, group.stale, 0.0)
     return found.view(group.num_rows, -1, *cache.shape[2:]).transpose(1, 2)

@@ -19,6 +19,8 @@ TILE = 16
 KV_PADDING = 64
 SPELT_OUT = frozenset({"logit_softcap", "sinks", "alibi"})
 """Features that torch's own attention lacks."""
+Scale = Tensor | float
+"""A cache's scale: one for each token and head, or one for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def run_tiles(layer: AttentionLayer, q: Tensor, kv: KVCaches, plan: TilePlan, ou
 
 def _attend_tile(layer: AttentionLayer, queries: Tensor, kv: KVCaches, tile: Tile) -> Tensor:
     """[16, Hq, Dv] of queries [16, Hq, D]."""
-    keys, values = (_gather(cache, scale, tile, queries.dtype) for cache, scale in with_scales(kv))
+    keys, values = (_gather(cache, scale, tile, queries.dtype) for cache, scale in with_scales(layer, kv))
     group = layer.num_heads // layer.num_kv_heads
     folded = queries.transpose(0, 1).reshape(layer.num_kv_heads, group * TILE, layer.head_dim)
     seen = tile.seen[layer.sliding_window].repeat(group, 1)
@@ -109,23 +111,29 @@ def _attend_tile(layer: AttentionLayer, queries: Tensor, kv: KVCaches, tile: Til
     return found.reshape(layer.num_heads, TILE, layer.v_head_dim).transpose(0, 1)
 
 
-def with_scales(kv: KVCaches) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-    """Keys and values, with the scales of an int8 cache beside them."""
-    keys, values, *scales = kv
-    k_scale, v_scale = scales or (None, None)
+def with_scales(layer: AttentionLayer, kv: KVCaches) -> tuple[tuple[Tensor, Scale], tuple[Tensor, Scale]]:
+    """Keys and values, with their scales: those of an int8 cache beside it, those of 8-bit floats the layer's."""
+    keys, values, *beside = kv
+    k_scale, v_scale = beside or layer.cache_scales(keys.dtype)
     return (keys, k_scale), (values, v_scale)
 
 
-def _gather(cache: Tensor, scale: Tensor | None, tile: Tile, dtype: torch.dtype) -> Tensor:
+def scaled(cache: Tensor, scale: Scale, index: Tensor) -> Tensor:
+    """What stands at `index` of dimension 0, times its scale."""
+    found = cache.index_select(0, index)
+    if isinstance(scale, Tensor):
+        return found * scale.index_select(0, index)[..., None]
+    return found if scale == 1.0 else found.float() * scale
+
+
+def _gather(cache: Tensor, scale: Scale, tile: Tile, dtype: torch.dtype) -> Tensor:
     """[Hkv, N, D] in the compute dtype.
 
     Behind the last computed position stands what other requests left there, NaN perhaps. Zeros in its
     place change no bit of a real row, whose weights there are exactly zero.
     """
-    found = cache.flatten(0, 1).index_select(0, tile.slots)
-    if scale is not None:
-        found = found * scale.flatten(0, 1).index_select(0, tile.slots)[..., None]
-    found = found.to(dtype)
+    scale = scale.flatten(0, 1) if isinstance(scale, Tensor) else scale
+    found = scaled(cache.flatten(0, 1), scale, tile.slots).to(dtype)
     found[tile.start + tile.rows[1] :] = 0.0
     return found.transpose(0, 1)
 

@@ -167,6 +167,7 @@ class CudaPagedAttention(AttentionBackend):
         launch = space.tuning.decode if split else space.tuning.prefill
         block_m = space.decode_block if split else space.prefill_block
         keys, values = kv
+        k_scale, v_scale = layer.cache_scales(keys.dtype)
         paged_attention_kernel[(_grid(batch, shape, space, split), shape.num_kv_heads)](
             out,
             self._parts,
@@ -183,8 +184,9 @@ class CudaPagedAttention(AttentionBackend):
             self._slopes.get(layer.layer_id, self._lse),
             batch.num_reqs,
             batch.num_tokens if is_last else 0,
-            layer.scale,
+            layer.scale * k_scale,
             layer.logit_softcap or 0.0,
+            v_scale,
             batch.block_table.shape[1],
             *(tensor.stride(0) for tensor in (batch.block_table, q, out)),
             *keys.stride()[:3],

@@ -172,6 +172,48 @@ def _attend(
     return acc, maximum, total
 
 
+@triton.jit
+def _clear_padding(
+    out_ptr, query_start_ptr, num_rows, num_tokens, out_token, head,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+):  # fmt: skip
+    """Padding tokens must come out finite: those behind the last row's get 0, in the heads of one KV head."""
+    m = tl.arange(0, BLOCK_M)
+    dv = tl.arange(0, DV_PAD)
+    clear = (m < GROUP)[:, None] & (dv < DV)[None, :]
+    for token in tl.range(tl.load(query_start_ptr + num_rows), num_tokens):
+        place = (tl.zeros([BLOCK_M], tl.int64) + token) * out_token + head * DV
+        tl.store(
+            out_ptr + place[:, None] + dv[None, :], tl.zeros([BLOCK_M, DV_PAD], out_ptr.dtype.element_ty), mask=clear
+        )
+
+
+@triton.jit
+def _tiles(
+    context, first_query, query_len, kv_end, part, chunk_ptr,
+    BLOCK_Q: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """(low, clear_low, clear_high, high): of tiles [low, high) every query sees [clear_low, clear_high) whole.
+
+    Args:
+        context: positions before the row's queries. first_query: of the block, within the row.
+        kv_end: behind the last position that the block sees. part: with SPLIT, of the row's tiles.
+    """
+    begin = context + first_query
+    low = _first_tile(begin, WINDOW, TILE)
+    high = (kv_end + TILE - 1) // TILE
+    if SPLIT:
+        chunk = tl.load(chunk_ptr)
+        low += part * chunk
+        high = tl.minimum(high, low + chunk)
+    clear_high = tl.maximum(tl.minimum((begin + 1) // TILE, high), low)
+    clear_low = low
+    if WINDOW > 0:
+        last = context + tl.minimum(first_query + BLOCK_Q, query_len) - 1
+        clear_low = tl.minimum(tl.maximum((tl.maximum(last - WINDOW + 1, 0) + TILE - 1) // TILE, low), clear_high)
+    return low, clear_low, clear_high, high
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_tokens", "table_width", "table_row"])
 def paged_attention_kernel(
     out_ptr,
@@ -191,6 +233,7 @@ def paged_attention_kernel(
     num_tokens,
     scale,
     softcap,
+    v_scale,
     table_width,
     table_row,
     q_token,
@@ -227,6 +270,7 @@ def paged_attention_kernel(
         work_start_ptr, chunk_ptr: of `plan_kernel`, parts with SPLIT, else blocks.
         sink_ptr, slope_ptr: float32 [HEADS], for SINKS and ALIBI.
         num_tokens: tokens; those behind the end get 0.
+        scale: factor on products of q and the cache's keys. v_scale: on the cache's values.
         WINDOW: tokens that a query sees, itself included; 0: all.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
@@ -235,15 +279,8 @@ def paged_attention_kernel(
     m = tl.arange(0, BLOCK_M)
     dv = tl.arange(0, DV_PAD)
     head = kv_head * GROUP + m % GROUP
-    if work == 0:  # padding tokens must come out finite
-        clear = (m < GROUP)[:, None] & (dv < DV)[None, :]
-        for token in tl.range(tl.load(query_start_ptr + num_rows), num_tokens):
-            place = (tl.zeros([BLOCK_M], tl.int64) + token) * out_token + head * DV
-            tl.store(
-                out_ptr + place[:, None] + dv[None, :],
-                tl.zeros([BLOCK_M, DV_PAD], out_ptr.dtype.element_ty),
-                mask=clear,
-            )
+    if work == 0:
+        _clear_padding(out_ptr, query_start_ptr, num_rows, num_tokens, out_token, head, GROUP, BLOCK_M, DV, DV_PAD)
     if work >= tl.load(work_start_ptr + num_rows):
         return
     row = _last_not_after(work_start_ptr, work, num_rows + 1)
@@ -263,21 +300,11 @@ def paged_attention_kernel(
     q_at = (token * q_token)[:, None] + (head * D)[:, None] + d[None, :]
     q = tl.load(q_ptr + q_at, mask=row_ok[:, None] & (d < D)[None, :], other=0.0)
 
-    # Tiles [low, high) matter; of those [clear_low, clear_high) are seen whole by every query of the block.
-    begin = context + query_block * BLOCK_Q
-    kv_end = tl.minimum(begin + BLOCK_Q, seq_len)
-    low = _first_tile(begin, WINDOW, TILE)
-    high = (kv_end + TILE - 1) // TILE
-    if SPLIT:
-        chunk = tl.load(chunk_ptr)
-        low += part * chunk
-        high = tl.minimum(high, low + chunk)
-    clear_high = tl.maximum(tl.minimum((begin + 1) // TILE, high), low)
-    clear_low = low
-    if WINDOW > 0:
-        last = context + tl.minimum(query_block * BLOCK_Q + BLOCK_Q, query_len) - 1
-        clear_low = tl.minimum(tl.maximum((tl.maximum(last - WINDOW + 1, 0) + TILE - 1) // TILE, low), clear_high)
-
+    first_query = query_block * BLOCK_Q
+    kv_end = tl.minimum(context + first_query + BLOCK_Q, seq_len)
+    low, clear_low, clear_high, high = _tiles(
+        context, first_query, query_len, kv_end, part, chunk_ptr, BLOCK_Q, TILE, SPLIT, WINDOW
+    )
     qk_scale = scale * LOG2E
     if SOFTCAP:
         qk_scale = scale / softcap
@@ -308,7 +335,7 @@ def paged_attention_kernel(
         state, q, keys, values, table, (clear_high, high), kv_head, queries, kv_end, qk_scale, softcap,
         True, WINDOW, SOFTCAP, ALIBI, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, PRECISION,
     )  # fmt: skip
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    acc = acc * v_scale / tl.where(total == 0.0, 1.0, total)[:, None]
     alone = True
     if SPLIT:
         alone = tl.load(work_start_ptr + row + 1) - tl.load(work_start_ptr + row) == 1

@@ -42,6 +42,7 @@ def fused_prepare_qkv(step: QKVStep) -> tuple[Tensor, Tensor, Tensor]:
         values.stride(1),
         *(norm.eps if norm is not None else 0.0 for norm in (step.q_norm, step.k_norm)),
         *(norm.weight_offset if norm is not None else 0.0 for norm in (step.q_norm, step.k_norm)),
+        *(1 / scale for scale in layer.cache_scales(keys.dtype)),
         HEADS=num_heads,
         KV_HEADS=num_kv_heads,
         D=layer.head_dim,

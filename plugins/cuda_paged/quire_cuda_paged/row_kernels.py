@@ -90,10 +90,10 @@ def _normed(x, scale, weight, offset, like_ptr, NORM: tl.constexpr):
 
 
 @triton.jit
-def _within(x, LARGEST: tl.constexpr):
-    """x, in float32 if it is limited to [-LARGEST, LARGEST]; NaN stays."""
+def _as_cached(x, inverse_scale, LARGEST: tl.constexpr):
+    """x; for a cache that has a limit the product, in float32, limited to [-LARGEST, LARGEST]; NaN stays."""
     if LARGEST > 0:
-        x = x.to(tl.float32)
+        x = x.to(tl.float32) * inverse_scale
         x = tl.where(x > LARGEST, LARGEST, tl.where(x < -LARGEST, -LARGEST, x))
     return x
 
@@ -167,6 +167,8 @@ def prepare_qkv_kernel(
     k_eps,
     q_offset,
     k_offset,
+    k_inverse,
+    v_inverse,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -187,16 +189,15 @@ def prepare_qkv_kernel(
         qkv_ptr: [T, HEADS · D + KV_HEADS · (D + DV)], `qkv_row` elements from row to row.
         cos_ptr, sin_ptr: float32 [T, HALF], `cos_row` and `sin_row` elements from row to row.
         k_cache_ptr, v_cache_ptr: a slot's heads together, `k_slot` and `v_slot` elements from slot to slot.
-        slots_ptr: int64 [T].
+        slots_ptr: int64 [T]. k_inverse, v_inverse: one over the scales of an 8-bit cache.
         Q_NORM, K_NORM: see `_normed`. LARGEST: number that an 8-bit cache holds; 0: the cache has no such limit.
     """
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     Q_TILES: tl.constexpr = (HEADS + TILE - 1) // TILE
     KV_TILES: tl.constexpr = (KV_HEADS + TILE - 1) // TILE
-    qkv = qkv_ptr + token * qkv_row
+    qkv, turned = qkv_ptr + token * qkv_row, turned_ptr + token * ((HEADS + KV_HEADS) * D)
     cos, sin = cos_ptr + token * cos_row, sin_ptr + token * sin_row
-    turned = turned_ptr + token * ((HEADS + KV_HEADS) * D)
     slot = tl.load(slots_ptr + token)
     d = tl.arange(0, D_PAD)
     if tile < Q_TILES:
@@ -216,11 +217,13 @@ def prepare_qkv_kernel(
         at = (head * D)[:, None] + d[None, :]
         inside = ok[:, None] & (d < D)[None, :]
         tl.store(turned + HEADS * D + at, k, mask=inside)
-        tl.store(k_cache_ptr + slot * k_slot + at, _within(k, LARGEST).to(k_cache_ptr.dtype.element_ty), mask=inside)
+        k = _as_cached(k, k_inverse, LARGEST).to(k_cache_ptr.dtype.element_ty)
+        tl.store(k_cache_ptr + slot * k_slot + at, k, mask=inside)
     else:
         head = (tile - Q_TILES - KV_TILES) * TILE + tl.arange(0, TILE)
         dv = tl.arange(0, DV_PAD)
         at = (head * DV)[:, None] + dv[None, :]
         inside = (head < KV_HEADS)[:, None] & (dv < DV)[None, :]
         v = tl.load(qkv + (HEADS + KV_HEADS) * D + at, mask=inside, other=0.0)
-        tl.store(v_cache_ptr + slot * v_slot + at, _within(v, LARGEST).to(v_cache_ptr.dtype.element_ty), mask=inside)
+        v = _as_cached(v, v_inverse, LARGEST).to(v_cache_ptr.dtype.element_ty)
+        tl.store(v_cache_ptr + slot * v_slot + at, v, mask=inside)

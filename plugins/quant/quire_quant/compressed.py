@@ -73,11 +73,7 @@ class CompressedTensorsMethod(CheckpointMethod):
                     f"compressed-tensors format {form!r} is not supported; read are {', '.join(FORMATS)}",
                     remedy="export the model as pack-quantized (weights of 4 or 8 bits) or float-quantized",
                 )
-        if config.get("kv_cache_scheme"):
-            raise UnsupportedModel(
-                "compressed-tensors kv_cache_scheme quantizes the KV cache, which is not supported",
-                remedy="export the model without a KV cache scheme",
-            )
+        _check_kv_scheme(config.get("kv_cache_scheme") or {})
         if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
             raise UnsupportedModel(
                 "the checkpoint stores sparse weights (sparsity_config)", remedy="export it with format dense"
@@ -166,6 +162,17 @@ class PackedLinear(CodesLinear):
 
 
 OPTIONAL = ("weight_zero_point", "weight_g_idx", "weight_shape")
+
+
+def _check_kv_scheme(scheme: Mapping[str, Any]) -> None:
+    """Its scales are tensors that the model reads, and uses if the cache is of 8-bit floats."""
+    read = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    for name, value in read.items():
+        if scheme.get(name, value) != value:
+            raise UnsupportedModel(
+                f"compressed-tensors kv_cache_scheme has {name} {scheme[name]!r}; read is {value!r}",
+                remedy="export the model with a scheme of 8-bit floats by tensor, or without one",
+            )
 
 
 def _words(count: int, bits: int, *, older: bool) -> int:

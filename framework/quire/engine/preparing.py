@@ -1,0 +1,88 @@
+"""Brings all that a step reads to the device, in one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from quire.contract.device import Device, GraphKey
+from quire.contract.request import ScheduledRow
+from quire.contract.sampling import SamplingBatch
+from quire.engine.batch import BatchBuilder, StepInputs
+from quire.engine.rows import RowTable
+from quire.engine.staging import ALIGNMENT, Staging
+from quire.sampling.pipeline import SamplingColumns, SamplingPipeline
+
+DELTA_BYTES = 1 << 20
+"""Room in a step's buffer for what changes: new blocks, tokens of new requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepSizes:
+    """The largest step, and how long a request may become."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRows:
+    """The rows of a step that sample: slots, known tokens, and on the device their parameters.
+
+    `places`: int64 [S], where their tokens go in the flattened table of tokens.
+    """
+
+    slots: list[int]
+    lengths: list[int]
+    batch: SamplingBatch
+    places: Tensor
+
+
+class StepPreparer:
+    """Inputs of one step after another.
+
+    Args:
+        device: where they go. sizes: of the largest step.
+        pipeline: knows the rows' sampling parameters.
+        fixed: the inputs must stand at the same addresses in every step, as graphs need it.
+    """
+
+    def __init__(self, device: Device, sizes: StepSizes, pipeline: SamplingPipeline, *, fixed: bool) -> None:
+        torch_device = device.torch_device()
+        room = BatchBuilder.num_bytes(sizes.max_num_seqs, sizes.max_num_batched_tokens)
+        room += (SamplingColumns.NUM_BYTES + 8) * sizes.max_num_seqs + 8 * ALIGNMENT
+        room += DELTA_BYTES + 4 * sizes.max_model_len
+        self.table = RowTable(sizes.max_num_seqs, sizes.max_model_len, sizes.block_size, torch_device)
+        self._pipeline = pipeline
+        self._staging = Staging(device, room, shared=torch_device.type == "cpu" and not fixed)
+        self._builder = BatchBuilder(self.table, self._staging, sizes.max_num_batched_tokens, sizes.block_size)
+
+    def prepare(self, rows: Sequence[ScheduledRow], key: GraphKey | None) -> tuple[StepInputs, SampledRows]:
+        """The inputs of these rows, padded to `key`; the schedule must have been applied to the table."""
+        self._staging.begin()
+        batch = self._builder.stage(rows, key)
+        sampled = self._stage_sampled(rows)
+        deltas = self.table.stage(self._staging)
+        self._staging.send()
+        self.table.flush(deltas)
+        return self._builder.inputs(batch), sampled
+
+    def padding(self, key: GraphKey) -> StepInputs:
+        """A step of that size without any rows."""
+        self._staging.begin()
+        staged = self._builder.stage((), key)
+        self._staging.send()
+        return self._builder.inputs(staged)
+
+    def _stage_sampled(self, rows: Sequence[ScheduledRow]) -> SampledRows:
+        sampling = [row for row in rows if row.samples]
+        slots = [row.slot for row in sampling]
+        lengths = [row.num_computed_tokens + row.num_new_tokens for row in sampling]
+        columns, width = self._pipeline.columns(slots, lengths), self.table.token_ids.shape[1]
+        places = np.array(slots, dtype=np.int64) * width + columns.positions
+        return SampledRows(slots, lengths, columns.batch(self._staging.put), self._staging.put(places))
