@@ -92,6 +92,20 @@ MUTANTS = (
         NATIVE,
     ),
     Mutant(
+        "native: codes of 8 bits lose their sign",
+        f"{CSRC}/simd.h",
+        "_mm256_sign_epi8(b, a.centred)",
+        "b",
+        NATIVE,
+    ),
+    Mutant(
+        "native: the last positions of a chunk are scored as the first",
+        f"{CSRC}/attention.h",
+        "for (; j < end; j++) dots<R, 1>(r, j);",
+        "for (; j < end; j++) dots<R, 1>(r, from);",
+        NATIVE_KITS,
+    ),
+    Mutant(
         "native: what a row had is not scaled down",
         f"{CSRC}/attention.h",
         "state.total = state.total * keep + sum(total), state.top = top;",

@@ -1,5 +1,6 @@
 """Quire: plugin-based, multi-backend inference for large language models. The users' door."""
 
+import quire.waiting  # noqa: F401, before torch is imported
 from quire.async_llm import AsyncLLM
 from quire.config import EngineConfig
 from quire.engine.chat import ChatFormat, ChatPrompt

@@ -135,9 +135,7 @@ void codes(Pool* pool, int bits, bool zeros) {
             quire_codes_weight(pool, &c, weight.data()), write(weight);
             quire_codes_linear_f32(pool, &c, bias.data(), x.data(), inputs, out.data(), rows), write(out);
             quire_codes_linear_bf16(pool, &c, added.data(), small.data(), inputs, other.data(), rows), write(other);
-            if (bits == 4) {
-                quire_codes_linear_a8_bf16(pool, &c, nullptr, small.data(), inputs, other.data(), rows), write(other);
-            }
+            quire_codes_linear_a8_bf16(pool, &c, nullptr, small.data(), inputs, other.data(), rows), write(other);
         }
     }
 }

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from quire.plugin import EngineError
 from quire_cpu_native import build
 from quire_cpu_native.build import COMMON, FLAGS, NEEDED, SOURCES, best_isa, built, find_compiler, missing
+from quire_cpu_native.native import Native
 
 SIMDE = Path("/usr/include/simde/x86/avx512.h")
 ARM_TOOLS = [path for name in ("aarch64-linux-gnu-g++", "qemu-aarch64-static") if (path := shutil.which(name))]
@@ -60,6 +62,68 @@ def test_a_compiler_that_fails_is_reported_and_not_asked_again(cache, monkeypatc
     (report,) = cache.glob("*.failed.txt")
     report.unlink()
     assert missing() is None
+
+
+@pytest.fixture
+def carried(monkeypatch, tmp_path):
+    """What a wheel carries: here a copy of what was compiled for this machine."""
+    made = built()
+    monkeypatch.setenv("QUIRE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(build, "CARRIED", tmp_path / "objects")
+    build.CARRIED.mkdir()
+    path = build.CARRIED / build._named(best_isa(), build.SELF_CONTAINED)
+    shutil.copy(made, path)
+    return path
+
+
+@needs_compiler
+def test_objects_of_a_wheel_are_taken_where_there_is_no_compiler(carried, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "COMPILERS", ("no-such-compiler",))
+    assert missing() is None
+    assert built() == carried
+    changed = tmp_path / "csrc"
+    shutil.copytree(build.SOURCES, changed)
+    (changed / "simd.h").write_text("other")
+    monkeypatch.setattr(build, "SOURCES", changed)
+    assert "no C++ compiler" in str(missing())
+
+
+@needs_compiler
+def test_an_object_that_this_system_cannot_load_is_as_if_it_were_not_there(carried, monkeypatch):
+    monkeypatch.setattr(build, "COMPILERS", ("no-such-compiler",))
+    carried.unlink()
+    carried.write_bytes(b"for another system")
+    assert "no C++ compiler" in str(missing())
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_the_command_makes_objects_that_work(monkeypatch, tmp_path):
+    build.main([best_isa(), "--out", str(tmp_path)])
+    monkeypatch.setattr(build, "CARRIED", tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert built() == path
+    x, out = torch.randn(1, 6), torch.empty(1, 3)
+    Native(path, 2).function("gated_act", torch.float32)(x.data_ptr(), 6, out.data_ptr(), 1, 3, 0)
+    torch.testing.assert_close(out, torch.nn.functional.silu(x[:, :3]) * x[:, 3:])
+
+
+def test_the_command_makes_one_object_for_each_set_and_removes_older_ones(monkeypatch, tmp_path):
+    made = tmp_path / "cc"
+    made.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho object > "$2"\n')
+    made.chmod(0o755)
+    monkeypatch.setattr(build, "find_compiler", lambda: made)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "avx2-0.so").write_text("older")
+    sets = {"x86_64": {"avx512bf16", "avx512", "avx2", "generic"}, "arm64": {"neondot", "neon"}, "riscv64": {"generic"}}
+    for machine, isas in sets.items():
+        monkeypatch.setattr(build.platform, "machine", lambda machine=machine: machine)
+        build.main(["--out", str(out)])
+        assert {path.name.partition("-")[0] for path in out.iterdir()} == isas
+        assert not (out / "avx2-0.so").exists()
+    with pytest.raises(SystemExit):
+        build.main(["avx3", "--out", str(out)])
 
 
 def test_the_best_instructions_that_a_processor_has(monkeypatch):

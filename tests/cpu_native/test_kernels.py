@@ -103,7 +103,7 @@ def by_8_bit_inputs(op_set, spec, generator):
     rows=st.integers(0, 40) | st.sampled_from(EDGES),
     inputs=st.integers(1, 200) | st.sampled_from([512, 777]),
     outputs=st.integers(1, 200),
-    bits=st.sampled_from([4, 3]),
+    bits=st.sampled_from([8, 5, 4, 3]),
     count=st.sampled_from([1, 2, 5]),
 )
 def test_inputs_of_8_bits_are_off_by_half_a_step_at_most(threads, rows, inputs, outputs, bits, count):
@@ -120,8 +120,28 @@ def test_inputs_of_8_bits_are_off_by_half_a_step_at_most(threads, rows, inputs, 
     assert (error <= 1.001 * allowed + exact.abs() / 128 + 1e-4).all()
 
 
-def test_a_row_of_8_bit_inputs_has_the_same_bits_in_any_batch(threads):
-    runs = [by_8_bit_inputs(threads[count], spec_of(512, 333, torch.bfloat16, 4), seeded(0))[0] for count in (1, 2, 5)]
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", ["middle", "integer"])
+def test_the_outermost_codes_and_inputs_do_not_saturate(threads, bits, zeros):
+    """All of them at once: every sum is exact, so the result is that of float64, rounded once."""
+    spec, top = QuantLinearSpec(64, 4, bits, 32, zeros, torch.bfloat16), (1 << bits) - 1
+    codes = torch.tensor([0, top, 0, top], dtype=torch.uint8)[:, None].repeat(1, 64)
+    codes[2:, ::2] = top - codes[2:, ::2]
+    zero = None if zeros == "middle" else torch.tensor([0.0, top, 3.0, 0.0])[:, None].repeat(1, 2)
+    op = NativeQuantLinear(spec, threads[1]._native, "codes_linear_a8")
+    state = op.pack(codes, torch.ones(4, 2), zero)
+    x = torch.full((3, 64), 127.0, dtype=torch.bfloat16)
+    x[1] = -127.0
+    x[2, ::2] = -127.0
+    taken = torch.full((4, 1), float(1 << (bits - 1))) if zero is None else zero[:, :1]
+    exact = x.double() @ (codes.double() - taken.double()).T
+    assert torch.equal(op(x, state), exact.bfloat16())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_row_of_8_bit_inputs_has_the_same_bits_in_any_batch(threads, bits):
+    spec = spec_of(512, 333, torch.bfloat16, bits)
+    runs = [by_8_bit_inputs(threads[count], spec, seeded(0))[0] for count in (1, 2, 5)]
     x = torch.randn(600, 512, generator=seeded(1)).bfloat16()
     whole = runs[0](x)
     for run in runs:
@@ -129,10 +149,10 @@ def test_a_row_of_8_bit_inputs_has_the_same_bits_in_any_batch(threads):
             assert torch.equal(run(x[first:last].clone()), whole[first:last]), (first, last)
 
 
-def test_inputs_of_8_bits_are_for_4_bits_in_bfloat16():
+def test_inputs_of_8_bits_are_for_bfloat16():
     op_set = NativeA8Ops(OpInit(torch.device("cpu"), 16))
-    assert op_set.why_not(QuantLinearSpec(64, 64, 4, 32, "middle", torch.bfloat16)) == []
-    assert "not of 8" in op_set.why_not(QuantLinearSpec(64, 64, 8, 32, "middle", torch.bfloat16))[0]
+    for bits in (4, 8):
+        assert op_set.why_not(QuantLinearSpec(64, 64, bits, 32, "middle", torch.bfloat16)) == []
     assert "not for float32" in op_set.why_not(QuantLinearSpec(64, 64, 4, 32, "middle", torch.float32))[0]
 
 

@@ -1,6 +1,7 @@
 """`quire plan`: the bytes that it names are those that loading and quantizing then take."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -76,6 +77,24 @@ def test_experts_count_however_they_are_stacked(tmp_path):
     assert found["bfloat16", ""] == wanted["bfloat16", ""]
     assert found["4 bits", "gptq, awq"] == pytest.approx(wanted["4 bits", "gptq, awq"], rel=0.02)
     assert found["4 bits", "gptq, awq"] < 0.9 * found["bfloat16", ""]
+
+
+@pytest.mark.parametrize(("architecture", "is_tied"), [("llama", False), ("qwen3", True)])
+def test_a_head_that_is_rounded_at_load_counts(architecture, is_tied, tmp_path):
+    """In 8 bits; beside the embedding, if that is the same tensor."""
+    folder = make_checkpoint(architecture, tmp_path)
+    tensors = outline(str(folder)).tensors
+    assert ("lm_head.weight" not in tensors) == is_tied
+    vocab, hidden = tensors["model.embed_tokens.weight"].shape
+    found, groups = forms(plan(folder, "--group-size", 32, "--dtype", "bfloat16")), hidden // 32
+    layers = sum(
+        math.prod(tensor.shape) + math.prod(tensor.shape) // 32 * 4
+        for name, tensor in tensors.items()
+        if ".layers." in name and name.endswith("proj.weight")
+    )
+    norms = sum(2 * math.prod(tensor.shape) for tensor in tensors.values() if len(tensor.shape) == 1)
+    expected = layers + norms + 2 * vocab * hidden + vocab * hidden + 4 * vocab * groups
+    assert found["8 bits", "int8 at load"] == expected
 
 
 def test_what_does_not_fit(monkeypatch):

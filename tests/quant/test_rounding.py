@@ -1,12 +1,16 @@
 """int8 and int4 pass the kit, keep their error bounds, and run end to end."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from quire import LLM, ConfigError, SamplingParams
 from quire.plugin import LinearSpec, QuantInit
 from quire.testing.quantization import QuantizationConformance, reference_op
 from quire.testing.tiny_models import make_checkpoint
-from quire_quant.rounding import Int4Method, Int8Method, Int8Options
+from quire_quant import rounding
+from quire_quant.codes import Form
+from quire_quant.rounding import Int4Method, Int8Method, Int8Options, rounded
 
 INIT = QuantInit({}, {}, torch.device("cpu"), torch.float32, Int8Options(group_size=32), op=reference_op)
 
@@ -38,11 +42,49 @@ def test_the_error_is_at_most_half_a_step_and_a_step_at_the_far_end(method, half
 
 
 @pytest.mark.parametrize(
-    ("name", "inputs"), [("lm_head", 64), ("model.layers.0.mlp.gate", 64), ("model.layers.0.mlp.down_proj", 48)]
+    ("name", "inputs"), [("lm_head", 48), ("model.layers.0.mlp.gate", 64), ("model.layers.0.mlp.down_proj", 48)]
 )
 def test_layers_that_stay_as_they_are(name, inputs):
     spec = LinearSpec(inputs, 10, False, torch.float32, name=name)
     assert Int8Method(INIT).linear(spec, (spec,)) is None
+
+
+@pytest.mark.parametrize("method", [Int8Method, Int4Method])
+def test_the_head_has_8_bits_or_is_left_alone(method):
+    spec = LinearSpec(64, 10, False, torch.float32, name="lm_head")
+    assert method(replace(INIT, options=None)).linear(replace(spec, in_features=128), (spec,)).operation().bits == 8
+    assert method(replace(INIT, options=Int8Options(group_size=32, head_bits=16))).linear(spec, (spec,)) is None
+
+
+def test_rounding_in_pieces_leaves_the_weight_and_every_row_as_it_is(monkeypatch):
+    weight = torch.randn(7, 64)
+    whole, before = rounded(weight, Form(4, 32)), weight.clone()
+    monkeypatch.setattr(rounding, "PIECE", 128)
+    pieces = rounded(weight, Form(4, 32))
+    assert torch.equal(weight, before)
+    assert torch.equal(pieces.codes, whole.codes)
+    assert torch.equal(pieces.scales, whole.scales)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_a_head_of_8_bits_changes_little_tied_or_not(tmp_path, family):
+    folder = make_checkpoint(family, tmp_path / "model")
+    model, prompt = {}, list(range(5, 45))
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, ignore_eos=True)
+    for bits in (8, 16):
+        llm = LLM(
+            str(folder),
+            dtype="float32",
+            num_kv_blocks=40,
+            quantization="int8",
+            plugin_options={"int8": {"group_size": 32, "head_bits": bits}},
+        )
+        (model[bits],) = llm.generate([prompt], params, use_tqdm=False)
+    gaps = [
+        abs(a[token].logprob - b[token].logprob)
+        for token, a, b in zip(prompt[1:], model[8].prompt_logprobs[1:], model[16].prompt_logprobs[1:], strict=True)
+    ]
+    assert 0 < max(gaps) < 0.05
 
 
 @pytest.mark.parametrize(("name", "error"), [("int8", 0.1), ("int4", 0.5)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,12 +26,14 @@ class Form:
 
     Attributes:
         methods: what makes or reads it.
+        head_bits: of the output head, which stands beside an embedding that it is tied to; 0: it stays as it is.
     """
 
     methods: str
     bits: int
     scale_bytes: int
     has_zeros: bool
+    head_bits: int = 0
 
     def num_bytes(self, outputs: int, inputs: int, group_size: int) -> int | None:
         """Of a layer; None if groups and words of 32 bits do not divide it, so that it stays as it is."""
@@ -41,10 +43,16 @@ class Form:
         zeros = groups * outputs * self.bits // 8 + 4 * inputs if self.has_zeros else 0
         return inputs * outputs * self.bits // 8 + groups * outputs * self.scale_bytes + zeros
 
+    def of_tensor(self, tensor: StoredTensor, group_size: int) -> int | None:
+        """As `num_bytes`, of a matrix or of a stack of them; a group_size of -1 stands for all inputs."""
+        *stacked, outputs, inputs = tensor.shape
+        size = self.num_bytes(outputs, inputs, inputs if group_size == -1 else group_size)
+        return None if size is None else size * math.prod(stacked)
+
 
 FORMS = (
-    Form("int8 at load", 8, 4, False),
-    Form("int4 at load", 4, 4, False),
+    Form("int8 at load", 8, 4, False, head_bits=8),
+    Form("int4 at load", 4, 4, False, head_bits=8),
     Form("gptq", 8, 2, True),
     Form("gptq, awq", 4, 2, True),
     Form("gptq", 3, 2, True),
@@ -141,13 +149,19 @@ def _forms(config: ResolvedConfig, group_size: int) -> Iterator[tuple[str, str, 
 def _quantized_bytes(tensors: Mapping[str, StoredTensor], form: Form, group_size: int, itemsize: int) -> int:
     total = 0
     for name, tensor in tensors.items():
-        size = None
-        if is_linear(name, tensor):
-            *experts, outputs, inputs = tensor.shape
-            size = form.num_bytes(outputs, inputs, inputs if group_size == -1 else group_size)
-            size = None if size is None else size * math.prod(experts)
+        size = form.of_tensor(tensor, group_size) if is_linear(name, tensor) else None
         total += math.prod(tensor.shape) * itemsize if size is None else size
-    return total
+    return total + (_rounded_head(tensors, form, group_size, itemsize) if form.head_bits else 0)
+
+
+def _rounded_head(tensors: Mapping[str, StoredTensor], form: Form, group_size: int, itemsize: int) -> int:
+    """Bytes that an output head in `form.head_bits` adds: takes, if it is the embedding, which is needed beside it."""
+    for end, is_own in (("lm_head.weight", True), ("embed_tokens.weight", False)):
+        for name, tensor in tensors.items():
+            if name.endswith(end):
+                size = replace(form, bits=form.head_bits).of_tensor(tensor, group_size)
+                return 0 if size is None else size - is_own * math.prod(tensor.shape) * itemsize
+    return 0
 
 
 def is_linear(name: str, tensor: StoredTensor) -> bool:

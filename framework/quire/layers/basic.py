@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from quire.contract.model import ModelInit
 from quire.contract.ops import Activation, GatedActSpec, LinearSpec, RMSNormSpec
+from quire.contract.quant import QuantTensor
 from quire.layers.linear import Linear, Source
 from quire.layers.weights import WeightTable
 
@@ -66,7 +67,7 @@ class Head:
     """Hidden states -> logits float32 [R, V].
 
     A tied head is the embedding's tensor, or what the op packs of it; a large embedding then stays in
-    the checkpoint's file, so that nothing is held twice.
+    the checkpoint's file, so that nothing is held twice. A method that quantizes plain weights quantizes it too.
     """
 
     def __init__(
@@ -87,11 +88,23 @@ class Head:
     def finalize(self) -> None:
         """Pack a tied head; the embedding has been loaded."""
         if self._tied is not None:
-            self._op = self._init.layers.op(self._spec)
             same = self._stored is None or torch.equal(self._stored, self._tied.weight)
-            self._state = self._op.pack(self._tied.weight if same else self._stored, None)
+            weight = self._tied.weight if same or self._stored is None else self._stored
             self._stored = None
+            self._multiply = self._packed(weight)
             self._tied.keep_in_file()
+
+    def _packed(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        layers, spec, init = self._init.layers, self._spec, self._init
+        quant = layers.quant_linear(spec, (spec,))
+        if quant is not None and quant.tensors() == (
+            QuantTensor("weight", tuple(weight.shape), init.dtype, out_dim=0),
+        ):
+            quantized, rounded = quant, quant.finalize({"weight": weight}, init.device)
+            return lambda hidden: quantized.forward(hidden, rounded, None)
+        op = layers.op(spec)
+        state = op.pack(weight, None)
+        return lambda hidden: op(hidden, state)
 
     def _keep(self, tensor: Tensor) -> None:
         self._stored = tensor.to(self._init.device, self._init.dtype, copy=True)
@@ -99,8 +112,7 @@ class Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         if self._linear is not None:
             return self._linear(hidden).float()
-        logits: Tensor = self._op(hidden, self._state).float()
-        return logits
+        return self._multiply(hidden).float()
 
 
 class GatedMLP:

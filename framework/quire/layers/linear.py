@@ -43,7 +43,7 @@ class Linear:
         parts = tuple(replace(self.spec, out_features=s.out_features, name=s.name) for s in sources)
         fused = len(parts) == 1 or init.layers.may_fuse(parts)
         groups = [(self.spec, parts)] if fused else [(part, (part,)) for part in parts]
-        self._runs: list[Callable[[Tensor], Tensor] | None] = [None] * len(groups)
+        self._runs: list[Callable[[Tensor], Tensor]] = [self._unloaded] * len(groups)
         for index, (spec, members) in enumerate(groups):
             quant = init.layers.quant_linear(spec, members)
             loader = _PlainLoader(init, spec, members) if quant is None else _QuantLoader(init, quant, members)
@@ -51,11 +51,11 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in_features] -> [T, out_features]."""
-        outs = []
-        for run in self._runs:
-            assert run is not None, f"{self.spec.name} was not loaded"
-            outs.append(run(x))
-        return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
+        runs = self._runs
+        return runs[0](x) if len(runs) == 1 else torch.cat([run(x) for run in runs], -1)
+
+    def _unloaded(self, x: Tensor) -> Tensor:
+        raise AssertionError(f"{self.spec.name} was not loaded")
 
 
 Ready = Callable[[Callable[[Tensor], Tensor]], None]

@@ -45,7 +45,7 @@ def quire_providers() -> Iterable[Provider]:
             priority=LEAST_PRIORITY,
             devices=cpu,
             probe=probe,
-            summary="4-bit codes by inputs of 8 bits in C++: faster for many rows, less exact, only when named",
+            summary="codes by inputs of 8 bits in C++ (W4A8, W8A8): less exact, only when named",
         ),
         Provider(
             "sampler",

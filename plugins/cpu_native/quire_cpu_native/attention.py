@@ -22,7 +22,7 @@ from quire.plugin import (
 )
 from torch import Tensor
 
-from quire_cpu_native.native import SUFFIXES, HeadsFields, LayerFields, address, native, row_major
+from quire_cpu_native.native import SUFFIXES, HeadsFields, LayerFields, address, native, row_major, rows_of
 
 MAX_GROUP = 64
 """Query heads of one KV head."""
@@ -44,13 +44,29 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A layer's norms in the kernel's form, and what they were made from."""
+    """A layer's norms and caches in the kernel's form, and what they were made from."""
 
     layer: AttentionLayer
     q_norm: HeadNorm | None
     k_norm: HeadNorm | None
     rotary_style: str
+    kv: KVCaches
+    half: int
     fields: HeadsFields
+    place: int
+    caches: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerState:
+    """A layer as the kernel reads it at `place`, and what it was made from."""
+
+    layer: AttentionLayer
+    kv: KVCaches
+    fields: LayerFields
+    place: int
+    caches: tuple[int | None, ...]
+    sinks: Tensor | None
 
 
 class NativeAttention(AttentionBackend):
@@ -71,7 +87,7 @@ class NativeAttention(AttentionBackend):
         form = "int8" if init.kv_dtype == "int8" else ""
         self._attend = kernels.function("attention", init.dtype, form)
         self._prepare = kernels.function("prepare", init.dtype, form)
-        self._layers: dict[int, tuple[AttentionLayer, LayerFields, Tensor | None]] = {}
+        self._layers: dict[int, LayerState] = {}
         self._prepared: dict[int, Prepared] = {}
 
     @classmethod
@@ -84,45 +100,45 @@ class NativeAttention(AttentionBackend):
         return reasons
 
     def prepare_qkv(self, step: QKVStep) -> tuple[Tensor, Tensor, Tensor]:
-        layer, qkv = step.layer, row_major(step.qkv)
-        if not self._can_fuse(step):
+        layer, qkv, cos, sin = step.layer, step.qkv, step.cos, step.sin
+        slots = step.batch.slot_mapping
+        ready = self._heads(step)
+        if ready is None or not (cos.is_contiguous() and sin.is_contiguous() and slots.is_contiguous()):
             return super().prepare_qkv(step)
-        tokens, heads = qkv.shape[0], layer.num_heads + layer.num_kv_heads
-        turned = qkv.new_empty(tokens, heads, layer.head_dim)
-        fields = self._heads(step)
+        num_heads, heads, size = layer.num_heads, layer.num_heads + layer.num_kv_heads, layer.head_dim
+        qkv, apart = rows_of(qkv, qkv.shape[1])
+        tokens = qkv.shape[0]
+        turned = qkv.new_empty(tokens, heads, size)
         self._prepare(
-            ctypes.addressof(fields),
+            ready.place,
             qkv.data_ptr(),
-            qkv.stride(0),
-            step.cos.data_ptr(),
-            step.sin.data_ptr(),
-            step.batch.slot_mapping.data_ptr(),
+            apart,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            slots.data_ptr(),
             turned.data_ptr(),
-            *_addresses(step.kv),
+            *ready.caches,
             tokens,
         )
-        values = qkv[:, heads * layer.head_dim :].view(tokens, layer.num_kv_heads, layer.v_head_dim)
-        return turned[:, : layer.num_heads], turned[:, layer.num_heads :], values
+        values = qkv[:, heads * size :].view(tokens, layer.num_kv_heads, layer.v_head_dim)
+        return turned[:, :num_heads], turned[:, num_heads:], values
 
-    def _can_fuse(self, step: QKVStep) -> bool:
-        dtype = step.qkv.dtype
-        plain = (step.cos, step.sin, step.batch.slot_mapping, *step.kv)
-        norms = [norm.weight for norm in (step.q_norm, step.k_norm) if norm is not None]
-        alike = all(each.dtype is dtype for each in norms) and step.cos.dtype is torch.float32
-        return alike and all(each.is_contiguous() for each in (*plain, *norms))
-
-    def _heads(self, step: QKVStep) -> HeadsFields:
-        layer, q_norm, k_norm = step.layer, step.q_norm, step.k_norm
-        kept = self._prepared.get(layer.layer_id)
+    def _heads(self, step: QKVStep) -> Prepared | None:
+        """The layer's part of a fused preparation, kept from step to step; None if it cannot be fused."""
+        kept = self._prepared.get(step.layer.layer_id)
         if (
             kept is not None
-            and kept.layer is layer
-            and kept.q_norm is q_norm
-            and kept.k_norm is k_norm
+            and kept.kv is step.kv
+            and kept.layer is step.layer
+            and kept.q_norm is step.q_norm
+            and kept.k_norm is step.k_norm
             and kept.rotary_style == step.rotary_style
-            and kept.fields.half == step.cos.shape[-1]
+            and kept.half == step.cos.shape[-1]
         ):
-            return kept.fields
+            return kept
+        if not _can_fuse(step):
+            return None
+        layer, q_norm, k_norm, half = step.layer, step.q_norm, step.k_norm, step.cos.shape[-1]
         fields = HeadsFields(
             q_weight=address(q_norm.weight if q_norm else None),
             k_weight=address(k_norm.weight if k_norm else None),
@@ -130,15 +146,17 @@ class NativeAttention(AttentionBackend):
             num_kv_heads=layer.num_kv_heads,
             head_dim=layer.head_dim,
             v_head_dim=layer.v_head_dim,
-            half=step.cos.shape[-1],
+            half=half,
             neox=int(step.rotary_style == "neox"),
             q_eps=q_norm.eps if q_norm else 0.0,
             k_eps=k_norm.eps if k_norm else 0.0,
             q_offset=q_norm.weight_offset if q_norm else 0.0,
             k_offset=k_norm.weight_offset if k_norm else 0.0,
         )
-        self._prepared[layer.layer_id] = Prepared(layer, q_norm, k_norm, step.rotary_style, fields)
-        return fields
+        place, caches = ctypes.addressof(fields), _addresses(step.kv)
+        made = Prepared(layer, q_norm, k_norm, step.rotary_style, step.kv, half, fields, place, caches)
+        self._prepared[layer.layer_id] = made
+        return made
 
     def plan(self, batch: AttentionBatch) -> StepPlan:
         table = row_major(batch.block_table)  # often some columns of a wider one
@@ -166,12 +184,14 @@ class NativeAttention(AttentionBackend):
     ) -> None:
         if q.stride(2) != 1 or q.stride(1) != layer.head_dim:
             q = q.contiguous()
-        into = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+        whole = out.is_contiguous()
+        into = out if whole else torch.empty_like(out, memory_format=torch.contiguous_format)
+        state = self._layer(layer, kv)
         self._attend(
-            ctypes.addressof(self._layer(layer)),
+            state.place,
             q.data_ptr(),
             q.stride(0),
-            *_addresses(kv),
+            *state.caches,
             into.data_ptr(),
             plan.table,
             plan.table_width,
@@ -181,13 +201,13 @@ class NativeAttention(AttentionBackend):
         )
         if plan.num_tokens < out.shape[0]:
             into[plan.num_tokens :].zero_()  # padding tokens must stay finite
-        if into is not out:
+        if not whole:
             out.copy_(into)
 
-    def _layer(self, layer: AttentionLayer) -> LayerFields:
+    def _layer(self, layer: AttentionLayer, kv: KVCaches) -> LayerState:
         kept = self._layers.get(layer.layer_id)
-        if kept is not None and kept[0] is layer:
-            return kept[1]
+        if kept is not None and kept.layer is layer and kept.kv is kv:
+            return kept
         sinks = None if layer.sinks is None else layer.sinks.float().contiguous()
         fields = LayerFields(
             num_heads=layer.num_heads,
@@ -200,8 +220,17 @@ class NativeAttention(AttentionBackend):
             softcap=layer.logit_softcap or 0.0,
             sinks=address(sinks),
         )
-        self._layers[layer.layer_id] = (layer, fields, sinks)
-        return fields
+        made = LayerState(layer, kv, fields, ctypes.addressof(fields), _addresses(kv), sinks)
+        self._layers[layer.layer_id] = made
+        return made
+
+
+def _can_fuse(step: QKVStep) -> bool:
+    """Whether the layer's caches and norms are such as the kernel takes."""
+    dtype = step.qkv.dtype
+    norms = [norm.weight for norm in (step.q_norm, step.k_norm) if norm is not None]
+    alike = all(each.dtype is dtype for each in norms) and step.cos.dtype is torch.float32
+    return alike and all(each.is_contiguous() for each in (*step.kv, *norms))
 
 
 def _addresses(kv: KVCaches) -> tuple[int | None, ...]:

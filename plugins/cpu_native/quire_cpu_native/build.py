@@ -1,10 +1,13 @@
 """Compiles the kernels once for this machine's instructions, and keeps them in Quire's cache.
 
 The objects are plain C functions on pointers: they link neither Python nor torch, and serve every version of both.
+So a wheel can carry them: `python -m quire_cpu_native.build` puts them into the package before the wheel is made.
 """
 
 from __future__ import annotations
 
+import argparse
+import ctypes
 import hashlib
 import os
 import platform
@@ -21,6 +24,10 @@ from types import MappingProxyType
 from quire.plugin import EngineError, cache_folder
 
 SOURCES = Path(__file__).parent / "csrc"
+CARRIED = Path(__file__).parent / "objects"
+"""Objects that the wheel carries."""
+SELF_CONTAINED = ("-static-libstdc++", "-static-libgcc")
+"""Flags of objects for other machines, whose C++ library may be older."""
 COMPILERS = ("c++", "g++", "clang++")
 # No contraction: what is a fused multiply-add and what is not must not depend on the compiler's mood. Nobody reads the
 # flags of floating-point exceptions, for whose sake no vectors would be made of loops that compare.
@@ -59,6 +66,8 @@ def missing() -> str | None:
     """None if the kernels can run here, else the reason why not. Cheap: `quire plugins list` asks it."""
     if sys.platform == "win32":
         return "its kernels are built for Linux and macOS only; cpu_ref runs instead, slower"
+    if carried(best_isa()):
+        return None
     compiler = find_compiler()
     if compiler is None:
         return "there is no C++ compiler to build its kernels with, so cpu_ref runs, slower; install g++ or clang"
@@ -92,8 +101,22 @@ def _processor_flags() -> frozenset[str]:
     return frozenset(line.partition(":")[2].split())
 
 
+def carried(isa: str) -> Path | None:
+    """The wheel's object for an instruction set, if there is one of these very sources and flags that loads here."""
+    path = CARRIED / _named(isa, SELF_CONTAINED)
+    return path if path.exists() and _loads(path) else None
+
+
+def _loads(path: Path) -> bool:
+    try:
+        ctypes.CDLL(str(path))
+    except OSError:  # for another system, or an older one than it was built on
+        return False
+    return True
+
+
 def built(isa: str | None = None, extra: Sequence[str] = ()) -> Path:
-    """The shared object for an instruction set, compiled now if it is not in the cache.
+    """The shared object for an instruction set: the wheel's, or one that is compiled now if it is not in the cache.
 
     Args:
         isa: a key of `FLAGS`; None: the best that this machine has. extra: further flags, for tests.
@@ -101,7 +124,11 @@ def built(isa: str | None = None, extra: Sequence[str] = ()) -> Path:
     Raises:
         EngineError: there is no compiler, or it failed.
     """
-    isa, compiler = isa or best_isa(), find_compiler()
+    isa = isa or best_isa()
+    ready = None if extra else carried(isa)
+    if ready is not None:
+        return ready
+    compiler = find_compiler()
     if compiler is None:
         raise EngineError("cpu_native has no C++ compiler", remedy="install g++ or clang, or choose cpu_ref")
     target = _target(compiler, isa, extra)
@@ -125,14 +152,20 @@ def _alone(target: Path) -> Iterator[None]:
 
 
 def _target(compiler: Path, isa: str, extra: Sequence[str] = ()) -> Path:
-    """Where an object lies: named after everything that it is made from."""
-    digest = hashlib.sha256()
+    """Where an object lies that is compiled here."""
     stat = compiler.stat()
-    for part in (isa, *COMMON, *FLAGS[isa], *extra, str(compiler), str(stat.st_size), str(stat.st_mtime_ns)):
+    made_by = (str(compiler), str(stat.st_size), str(stat.st_mtime_ns))
+    return cache_folder("cpu_native") / _named(isa, (*extra, *made_by))
+
+
+def _named(isa: str, parts: Sequence[str]) -> str:
+    """A file's name after everything that it is made from: sources, flags, and `parts`."""
+    digest = hashlib.sha256()
+    for part in (isa, *COMMON, *FLAGS[isa], *parts):
         digest.update(part.encode() + b"\0")
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    return cache_folder("cpu_native") / f"{isa}-{digest.hexdigest()[:16]}.so"
+    return f"{isa}-{digest.hexdigest()[:16]}.so"
 
 
 def _report(target: Path) -> Path:
@@ -167,3 +200,36 @@ def _build(compiler: Path, isa: str, extra: Sequence[str], target: Path) -> None
 
 def _run(command: Sequence[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stderr
+
+
+def _of_this_machine() -> list[str]:
+    """Instruction sets that processors of this machine's kind have, or may have."""
+    basic = BASIC.get(platform.machine().lower())
+    if basic is None:
+        return ["generic"]
+    return [isa for isa in FLAGS if isa.startswith("neon") == (basic == NEEDED["neon"])]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Put objects where a wheel takes them from. Raises EngineError without a compiler, or if it fails."""
+    isas = _of_this_machine()
+    parser = argparse.ArgumentParser(prog="python -m quire_cpu_native.build", description=main.__doc__)
+    parser.add_argument("isas", nargs="*", metavar="ISA", help=f"of {', '.join(isas)}; all of them", default=isas)
+    parser.add_argument("--out", type=Path, default=CARRIED, help="folder: %(default)s")
+    options = parser.parse_args(arguments)
+    if unknown := [isa for isa in options.isas if isa not in isas]:
+        parser.error(f"{unknown[0]!r} is none of {', '.join(isas)}")
+    compiler = find_compiler()
+    if compiler is None:
+        raise EngineError("cpu_native has no C++ compiler", remedy="install g++ or clang")
+    options.out.mkdir(parents=True, exist_ok=True)
+    for earlier in options.out.glob("*.so"):
+        earlier.unlink()
+    for isa in options.isas:
+        target = options.out / _named(isa, SELF_CONTAINED)
+        _build(compiler, isa, SELF_CONTAINED, target)
+        print(target)
+
+
+if __name__ == "__main__":
+    main()

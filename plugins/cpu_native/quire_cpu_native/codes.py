@@ -14,13 +14,14 @@ import torch
 from quire.plugin import QuantLinearSpec
 from torch import Tensor
 
-from quire_cpu_native.native import PANEL, CodesFields, Native, address, row_major
+from quire_cpu_native.native import PANEL, CodesFields, Native, rows_of
 
 
 @dataclass(frozen=True, slots=True)
 class CodesState:
-    """What the kernel reads; `tensors` holds the memory that the fields point to."""
+    """What the kernel reads at address `place`; `tensors` holds the memory that the fields point to."""
 
+    place: int
     fields: CodesFields
     tensors: tuple[Tensor, ...]
 
@@ -30,6 +31,7 @@ class NativeQuantLinear:
 
     def __init__(self, spec: QuantLinearSpec, kernels: Native, kernel: str = "codes_linear") -> None:
         self.spec = spec
+        self._inputs, self._outputs = spec.in_features, spec.out_features
         self._pack = kernels.function("codes_pack")
         self._weight = kernels.function("codes_weight")
         self._run = kernels.function(kernel, spec.dtype)
@@ -56,24 +58,18 @@ class NativeQuantLinear:
         )
         codes = codes.contiguous()
         self._pack(ctypes.addressof(fields), codes.data_ptr(), packed.data_ptr())
-        return CodesState(fields, tensors)
+        return CodesState(ctypes.addressof(fields), fields, tensors)
 
     def __call__(self, x: Tensor, state: CodesState, bias: Tensor | None = None) -> Tensor:
-        x = row_major(x)
-        out = x.new_empty(x.shape[0], self.spec.out_features)
-        self._run(
-            ctypes.addressof(state.fields),
-            address(bias),
-            x.data_ptr(),
-            x.stride(0),
-            out.data_ptr(),
-            x.shape[0],
-        )
+        x, apart = rows_of(x, self._inputs)
+        rows = x.shape[0]
+        out = x.new_empty(rows, self._outputs)
+        self._run(state.place, None if bias is None else bias.data_ptr(), x.data_ptr(), apart, out.data_ptr(), rows)
         return out
 
     def weight(self, state: CodesState) -> Tensor:
         out = torch.empty(self.spec.out_features, self.spec.in_features)
-        self._weight(ctypes.addressof(state.fields), out.data_ptr())
+        self._weight(state.place, out.data_ptr())
         return out.to(self.spec.dtype)
 
 

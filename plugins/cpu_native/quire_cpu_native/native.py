@@ -122,3 +122,11 @@ def address(tensor: Tensor | None) -> int | None:
 def row_major(x: Tensor) -> Tensor:
     """x [T, K] with its rows' elements side by side; the rows may be apart."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def rows_of(x: Tensor, width: int) -> tuple[Tensor, int]:
+    """x [T, width] as `row_major` gives it, and how many elements its rows are apart."""
+    if x.is_contiguous():
+        return x, width
+    x = row_major(x)
+    return x, x.stride(0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,8 +26,12 @@ from torch import Tensor
 
 from quire_quant.codes import Codes, Form
 
-UNQUANTIZED = ("lm_head", "gate")
-"""Last parts of the paths of layers left alone: the output head, and routers, whose choices are brittle."""
+UNQUANTIZED = ("gate",)
+"""Last parts of the paths of layers left alone: routers, whose choices are brittle."""
+HEAD = "lm_head"
+"""Last part of the output head's path. It gets 8 bits: 4 would cost it more than they cost a layer."""
+PIECE = 1 << 20
+"""Weights that are rounded at once: a few MB in floats, which the cache holds."""
 
 
 class Int8Options(BaseModel):
@@ -37,12 +41,12 @@ class Int8Options(BaseModel):
 
     group_size: int = Field(default=128, ge=16)
     """Inputs that share a scale; a layer whose inputs it does not divide stays unquantized."""
+    head_bits: Literal[8, 16] = 8
+    """Of the output head; 16 leaves it unquantized."""
 
 
-class Int4Options(BaseModel):
+class Int4Options(Int8Options):
     """Options of the `int4` method."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     group_size: int = Field(default=32, ge=16)
     """Inputs that share a scale; a layer whose inputs it does not divide stays unquantized."""
@@ -52,16 +56,18 @@ class RoundingMethod(QuantMethod):
     """Quantizes the linear layers of an unquantized checkpoint."""
 
     bits: ClassVar[int]
-    options: ClassVar[type[Int8Options] | type[Int4Options]]
+    options: ClassVar[type[Int8Options]]
 
     def __init__(self, init: QuantInit) -> None:
         super().__init__(init)
-        self._form = Form(self.bits, (init.options or self.options()).group_size)
+        self._options = init.options or self.options()
 
     def linear(self, spec: LinearSpec, sources: tuple[LinearSpec, ...]) -> QuantLinear | None:
-        if spec.in_features % self._form.group_size or spec.name.rpartition(".")[2] in UNQUANTIZED:
+        last, group = spec.name.rpartition(".")[2], self._options.group_size
+        bits = self._options.head_bits if last == HEAD else self.bits
+        if spec.in_features % group or last in UNQUANTIZED or bits > 8:
             return None
-        return RoundedLinear(spec, self._form, self.init)
+        return RoundedLinear(spec, Form(bits, group), self.init)
 
 
 class Int8Method(RoundingMethod):
@@ -113,10 +119,21 @@ class RoundedLinear(QuantLinear):
 
 def rounded(weight: Tensor, form: Form) -> Codes:
     """Codes for weight [N, K]; form.group_size divides K."""
-    groups = weight.float().view(weight.shape[0], -1, form.group_size)
-    half = 1 << (form.bits - 1)
+    outputs, inputs = weight.shape
+    codes = torch.empty(outputs, inputs, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(outputs, inputs // form.group_size, device=weight.device)
+    step = max(1, PIECE // inputs)
+    for start in range(0, outputs, step):
+        rows = slice(start, start + step)
+        _round(weight[rows].to(torch.float32, copy=True), form, codes[rows], scales[rows])
+    return Codes(form, codes, scales)
+
+
+def _round(weight: Tensor, form: Form, codes: Tensor, scales: Tensor) -> None:
+    """Fill codes [N, K] and scales [N, G] for weight [N, K], which is overwritten."""
+    groups, half = weight.view(weight.shape[0], -1, form.group_size), 1 << (form.bits - 1)
     low, high = groups.amin(-1), groups.amax(-1)
-    scales = (torch.where(high > -low, high, low) / -half).half().float()
-    scales = torch.where(scales == 0, 1.0, scales)  # a group of zeros
-    codes = (groups / scales[..., None]).round_().add_(half).clamp_(0, 2 * half - 1)
-    return Codes(form, codes.to(torch.uint8).view_as(weight), scales)
+    steps = (torch.where(high > -low, high, low) / -half).half().float()
+    scales.copy_(torch.where(steps == 0, 1.0, steps))  # a group of zeros
+    groups.div_(scales[..., None]).round_().add_(half).clamp_(0, 2 * half - 1)
+    codes.copy_(weight)

@@ -7,6 +7,7 @@
 // which thread computes which split.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "pool.h"
 #include "simd.h"
@@ -141,14 +142,23 @@ class Work {
         if (d < size) store(to + d, mul(load_some(from + d, count - d), set1(scale)));
     }
 
+    // A head's elements lie apart from the next position's: the processor does not guess where it goes on.
+    static void fetch(const Kept* from, int64_t count) {
+#if defined(__GNUC__)
+        for (int64_t d = 0; d < count; d += 64 / (int64_t)sizeof(Kept)) __builtin_prefetch(from + d);
+#endif
+    }
+
     // Rows `from` to `end` - 1 of a chunk of the cache, as floats [CHUNK][padded].
-    void read(const Cache<Kept>& cache, int64_t dim, int64_t at, int64_t from, int64_t end) {
+    void read(const Cache<Kept>& cache, int64_t dim, int64_t at, int64_t from, int64_t end,
+              const Kept* next = nullptr, int64_t next_dim = 0) {
         const Layer& l = p.layer;
         const int32_t* table = p.table + tile.row * p.table_width;
         int64_t wide = padded(dim);
         for (int64_t j = from; j < end; j++) {
             int64_t position = at + j, slot = table[position / l.block_size] * l.block_size + position % l.block_size;
             int64_t head = slot * l.num_kv_heads + kv_head;
+            if (next) fetch(next + head * next_dim, next_dim);
             if constexpr (sizeof(Kept) == 1)
                 widen(cache.elements + head * dim, cache.scales[head], chunk + j * wide, dim, wide);
             else
@@ -157,27 +167,45 @@ class Work {
     }
 
     void one_chunk(int64_t at, int64_t from, int64_t end, State* states) {
-        read(p.keys, p.layer.head_dim, at, from, end);
-        int64_t r = 0;
-        for (; r + 4 <= rows; r += 4) score<4>(r, from, end);
-        for (; r < rows; r++) score<1>(r, from, end);
-        for (r = 0; r < rows; r++) weigh(r, at, from, end, states[r]);
+        read(p.keys, p.layer.head_dim, at, from, end, p.values.elements, p.layer.v_head_dim);
+        by_fours([&](auto some, int64_t r) { score<some.value>(r, from, end); });
+        for (int64_t r = 0; r < rows; r++) weigh(r, at, from, end, states[r]);
         read(p.values, p.layer.v_head_dim, at, from, end);
-        r = 0;
-        for (; r + 4 <= rows; r += 4) gather<4>(r, from, end, states);
-        for (; r < rows; r++) gather<1>(r, from, end, states);
+        by_fours([&](auto some, int64_t r) { gather<some.value>(r, from, end, states); });
     }
 
+    // Calls work(how many rows, the first of them): four at a time, then two, then one.
+    template <class Rows>
+    void by_fours(const Rows& work) const {
+        int64_t r = 0;
+        for (; r + 4 <= rows; r += 4) work(std::integral_constant<int, 4>{}, r);
+        if (r + 2 <= rows) work(std::integral_constant<int, 2>{}, r), r += 2;
+        if (r < rows) work(std::integral_constant<int, 1>{}, r);
+    }
+
+    // Eight sums at a time: one would wait for its own last addition.
     template <int R>
     void score(int64_t r, int64_t from, int64_t end) {
-        for (int64_t j = from; j < end; j++) {
-            V dot[R] = {};
-            for (int64_t d = 0; d < size; d += W) {
-                V key = load(chunk + j * size + d);
-                for (int i = 0; i < R; i++) dot[i] = fma(load(queries + (r + i) * size + d), key, dot[i]);
+        constexpr int J = 8 / R;
+        int64_t j = from;
+        for (; j + J <= end; j += J) dots<R, J>(r, j);
+        for (; j < end; j++) dots<R, 1>(r, j);
+    }
+
+    // Scores of R rows with J positions.
+    template <int R, int J>
+    void dots(int64_t r, int64_t j) {
+        V dot[R][J] = {};
+        for (int64_t d = 0; d < size; d += W) {
+            V key[J];
+            for (int c = 0; c < J; c++) key[c] = load(chunk + (j + c) * size + d);
+            for (int i = 0; i < R; i++) {
+                V query = load(queries + (r + i) * size + d);
+                for (int c = 0; c < J; c++) dot[i][c] = fma(query, key[c], dot[i][c]);
             }
-            for (int i = 0; i < R; i++) scores[(r + i) * CHUNK + j] = sum(dot[i]);
         }
+        for (int i = 0; i < R; i++)
+            for (int c = 0; c < J; c++) scores[(r + i) * CHUNK + j + c] = sum(dot[i][c]);
     }
 
     // Scores of one row -> weights relative to its new maximum; what it had is scaled down.

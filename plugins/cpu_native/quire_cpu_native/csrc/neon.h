@@ -84,7 +84,7 @@ static inline int32x4_t nibbles(int32x4_t x) {
 static inline int32x4_t upper(int32x4_t x) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(x), 4)); }
 static inline I low_nibbles(I x) { return {nibbles(x.a), nibbles(x.b)}; }
 static inline I high_nibbles(I x) { return {upper(x.a), upper(x.b)}; }
-// The bytes of x are at most 127 here, so that they may be read as signed.
+// Bytes of x are read as signed: they are codes of 4 bits, or centred ones of 8.
 static inline int32x4_t add_byte_products(int32x4_t c, int32x4_t x, int32x4_t y) {
     int8x16_t a = vreinterpretq_s8_s32(x), b = vreinterpretq_s8_s32(y);
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -98,6 +98,14 @@ static inline I add_byte_products(I c, I a, I b) {
     return {add_byte_products(c.a, a.a, b.a), add_byte_products(c.b, a.b, b.b)};
 }
 static inline I whole_sums(I c) { return c; }
+constexpr float TAKEN_OFF = 128.0f;
+struct Factors {
+    I centred;
+};
+static inline int32x4_t centred(int32x4_t x) { return veorq_s32(x, vdupq_n_s32((int32_t)0x80808080u)); }
+static inline Factors factors(I codes) { return {I{centred(codes.a), centred(codes.b)}}; }
+// 128 · 127 · 2 < 2^15
+static inline I add_code_products(I c, Factors a, I b) { return add_byte_products(c, a.centred, b); }
 
 static inline V load(const int8_t* p) {
     int16x8_t x = vmovl_s8(vld1_s8(p));

@@ -6,8 +6,9 @@ namespace quire {
 
 namespace {
 
-// How long a thread looks for work before it sleeps: longer than the interpreter needs from one call to the next.
-constexpr auto SPIN = std::chrono::microseconds(60);
+// How long a thread looks for work before it sleeps: longer than the interpreter needs from one call to the next, also
+// where what a kernel has read pushed it out of the caches.
+constexpr auto SPIN = std::chrono::microseconds(400);
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)

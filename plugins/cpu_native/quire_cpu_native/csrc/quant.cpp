@@ -112,24 +112,34 @@ void by_form(Pool& pool, const Codes& c, const T* bias, const T* x, int64_t ldx,
     multiply<T, 8, float>(pool, c, bias, x, ldx, out, rows);
 }
 
-// codes [N][K], one to a byte -> panels.
+// One word from `count` codes; what it lacks is zero.
+template <int BITS>
+uint32_t word_of(const uint8_t* codes, int64_t count) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 32 / BITS; i++)
+        if (i < count) bits |= (uint32_t)codes[i] << shift_of<BITS>(i);
+    return bits;
+}
+
+// codes [N][K], one to a byte -> panels, a group of all columns at a time.
+template <int BITS>
 void pack(Pool& pool, const Codes& c, const uint8_t* codes, uint8_t* packed) {
-    int64_t word = c.per_word(), padded = c.padded_group();
+    constexpr int64_t WORD = 32 / BITS;
+    int64_t words = c.padded_group() / WORD;
     pool.run(c.panels(), [=, &c](int64_t panel, Scratch&) {
-        uint8_t* to = packed + panel * c.depth() / word * PANEL * 4;
-        for (int64_t column = 0; column < PANEL; column++) {
-            int64_t row = panel * PANEL + column;
-            for (int64_t k = 0; k < c.depth(); k += word) {
-                uint32_t bits = 0;
-                for (int64_t i = 0; i < word; i++) {
-                    int64_t within = (k + i) % padded, input = (k + i) / padded * c.group + within;
-                    bool there = row < c.outputs && within < c.group && input < c.inputs;
-                    uint32_t code = there ? codes[row * c.inputs + input] : 0;
-                    bits |= code << (c.bits == 4 ? shift_of<4>((int)i) : shift_of<8>((int)i));
+        for (int64_t g = 0; g < c.groups(); g++)
+            for (int64_t column = 0; column < PANEL; column++) {
+                int64_t row = panel * PANEL + column;
+                int64_t count = row < c.outputs ? std::min(c.group, c.inputs - g * c.group) : 0;
+                const uint8_t* from = codes + row * c.inputs + g * c.group;
+                uint8_t* to = packed + ((panel * c.groups() + g) * words * PANEL + column) * 4;
+                for (int64_t w = 0; w < words; w++) {
+                    int64_t left = count - w * WORD;
+                    uint32_t bits = left >= WORD ? word_of<BITS>(from + w * WORD, WORD)
+                                                 : left > 0 ? word_of<BITS>(from + w * WORD, left) : 0;
+                    memcpy(to + w * PANEL * 4, &bits, 4);
                 }
-                memcpy(to + (k / word * PANEL + column) * 4, &bits, 4);
             }
-        }
     });
 }
 
@@ -157,7 +167,8 @@ extern "C" {
 
 void quire_codes_pack(Pool* pool, const void* fields, const uint8_t* codes, uint8_t* packed) {
     std::lock_guard<std::mutex> hold(pool->lock());
-    pack(*pool, *(const Codes*)fields, codes, packed);
+    const Codes& c = *(const Codes*)fields;
+    c.bits == 4 ? pack<4>(*pool, c, codes, packed) : pack<8>(*pool, c, codes, packed);
 }
 // float [N][K]
 void quire_codes_weight(Pool* pool, const void* fields, float* out) {

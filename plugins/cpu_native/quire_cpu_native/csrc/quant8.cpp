@@ -1,8 +1,8 @@
-// y = x · weightᵀ with the weight in codes of 4 bits and x, in bf16, as whole numbers of 8 bits.
+// y = x · weightᵀ with the weight in codes and x, in bf16, as whole numbers of 8 bits.
 //
 // Each row of x is scaled by its own largest value in spans of 32 inputs of a group, about 1/254 of which is lost: more
-// than bfloat16 loses, so this is for those who ask for it. A span's sum is exact, whatever its order: of eight
-// products of pairs, 15 · 127 · 2 · 8 < 2^15.
+// than bfloat16 loses, so this is for those who ask for it. A span's sum is exact, whatever its order: of codes of 4
+// bits, eight products of pairs, 15 · 127 · 2 · 8 < 2^15; of 8 bits, see `add_code_products`.
 #include <cmath>
 
 #include "codes.h"
@@ -10,7 +10,7 @@
 namespace quire {
 namespace {
 
-constexpr int64_t WORD = 8, SPAN_WORDS = 4, SPAN = WORD * SPAN_WORDS;
+constexpr int64_t SPAN = 32;
 
 // x as whole numbers, with a scale and a sum for each span: [rows][depth], [rows][groups · spans].
 struct Rows {
@@ -62,8 +62,25 @@ static inline I quad_at(const int8_t* x) {
     return set1_int(four);
 }
 
-template <class Scale, int MB, int NV>
-void tile(const Columns<4, Scale>& c, const Rows& x, int64_t row, V acc[MB][NV]) {
+// Adds the products of a word's codes in each column with MB rows of x, its inputs at `x`, rows `ldx` apart.
+template <int BITS, int MB>
+static inline void add_word(I codes, const int8_t* x, int64_t ldx, I* sums, int stride) {
+    if constexpr (BITS == 4) {
+        I low = low_nibbles(codes), high = high_nibbles(codes);
+        for (int m = 0; m < MB; m++) {
+            sums[m * stride] = add_byte_products(sums[m * stride], low, quad_at(x + m * ldx));
+            sums[m * stride] = add_byte_products(sums[m * stride], high, quad_at(x + m * ldx + 4));
+        }
+    } else {
+        Factors all = factors(codes);
+        for (int m = 0; m < MB; m++)
+            sums[m * stride] = add_code_products(sums[m * stride], all, quad_at(x + m * ldx));
+    }
+}
+
+template <int BITS, class Scale, int MB, int NV>
+void tile(const Columns<BITS, Scale>& c, const Rows& x, int64_t row, V acc[MB][NV]) {
+    constexpr int64_t WORD = 32 / BITS, SPAN_WORDS = SPAN / WORD;
     int64_t all = c.groups * x.spans;
     for (int64_t g = 0; g < c.groups; g++)
         for (int64_t s = 0; s < x.spans; s++) {
@@ -77,35 +94,33 @@ void tile(const Columns<4, Scale>& c, const Rows& x, int64_t row, V acc[MB][NV])
 #if defined(__GNUC__)
                     if (MB <= 2) __builtin_prefetch(place + 4096);
 #endif
-                    I codes = load_int(place), low = low_nibbles(codes), high = high_nibbles(codes);
-                    for (int m = 0; m < MB; m++) {
-                        sums[m][v] = add_byte_products(sums[m][v], low, quad_at(at + m * x.depth));
-                        sums[m][v] = add_byte_products(sums[m][v], high, quad_at(at + m * x.depth + 4));
-                    }
+                    add_word<BITS, MB>(load_int(place), at, x.depth, &sums[0][v], NV);
                 }
             }
             for (int v = 0; v < NV; v++) {
                 V weight_scale = c.scale(g, v), zero = c.zero_of(g, v);
+                if (BITS == 8) zero = sub(zero, set1(TAKEN_OFF));
                 for (int m = 0; m < MB; m++) {
                     int64_t at = (row + m) * all + g * x.spans + s;
-                    V exact = sub(to_float(whole_sums(sums[m][v])), mul(zero, set1(x.sums[at])));
+                    I whole = BITS == 4 ? whole_sums(sums[m][v]) : sums[m][v];
+                    V exact = sub(to_float(whole), mul(zero, set1(x.sums[at])));
                     acc[m][v] = fma(exact, mul(weight_scale, set1(x.scales[at])), acc[m][v]);
                 }
             }
         }
 }
 
-template <class Scale, int MB, int NV>
+template <int BITS, class Scale, int MB, int NV>
 void strip(const Codes& c, int64_t panel, const Rows& x, int64_t row, bf16* out, const bf16* bias) {
     int64_t columns = std::min<int64_t>(PANEL, c.outputs - panel * PANEL);
     for (int first = 0; first < PANEL / W && first * W < columns; first += NV) {
         V acc[MB][NV] = {};
-        tile<Scale, MB, NV>(Columns<4, Scale>(c, panel, first * W), x, row, acc);
+        tile<BITS, Scale, MB, NV>(Columns<BITS, Scale>(c, panel, first * W), x, row, acc);
         emit<bf16, MB, NV>(acc, out + first * W, c.outputs, columns - first * W, bias ? bias + first * W : nullptr);
     }
 }
 
-template <class Scale>
+template <int BITS, class Scale>
 void multiply(Pool& pool, const Codes& c, const bf16* bias, const bf16* x, int64_t ldx, bf16* out, int64_t rows) {
     Rows rounded = round_rows(pool, c, x, ldx, rows);
     int64_t parts = std::min<int64_t>(std::max<int64_t>(1, 4 * pool.threads() / c.panels()), (rows + 23) / 24);
@@ -115,9 +130,9 @@ void multiply(Pool& pool, const Codes& c, const bf16* bias, const bf16* x, int64
         const bf16* part = bias ? bias + panel * PANEL : nullptr;
         constexpr int FEW = W == 16 ? 4 : 2;
         auto to = [&](int64_t r) { return out + r * c.outputs + panel * PANEL; };
-        for (; row + 4 <= end; row += 4) strip<Scale, 4, FEW>(c, panel, rounded, row, to(row), part);
-        for (; row + 2 <= end; row += 2) strip<Scale, 2, 4>(c, panel, rounded, row, to(row), part);
-        for (; row < end; row++) strip<Scale, 1, 4>(c, panel, rounded, row, to(row), part);
+        for (; row + 4 <= end; row += 4) strip<BITS, Scale, 4, FEW>(c, panel, rounded, row, to(row), part);
+        for (; row + 2 <= end; row += 2) strip<BITS, Scale, 2, 4>(c, panel, rounded, row, to(row), part);
+        for (; row < end; row++) strip<BITS, Scale, 1, 4>(c, panel, rounded, row, to(row), part);
     });
 }
 
@@ -126,11 +141,15 @@ void multiply(Pool& pool, const Codes& c, const bf16* bias, const bf16* x, int64
 
 using namespace quire;
 
-// Codes of 4 bits only.
 extern "C" void quire_codes_linear_a8_bf16(Pool* pool, const void* fields, const bf16* bias, const bf16* x, int64_t ldx,
                                            bf16* out, int64_t rows) {
     std::lock_guard<std::mutex> hold(pool->lock());
     const Codes& c = *(const Codes*)fields;
     if (rows == 0) return;
-    c.half_scales ? multiply<half>(*pool, c, bias, x, ldx, out, rows) : multiply<float>(*pool, c, bias, x, ldx, out, rows);
+    if (c.bits == 4)
+        c.half_scales ? multiply<4, half>(*pool, c, bias, x, ldx, out, rows)
+                      : multiply<4, float>(*pool, c, bias, x, ldx, out, rows);
+    else
+        c.half_scales ? multiply<8, half>(*pool, c, bias, x, ldx, out, rows)
+                      : multiply<8, float>(*pool, c, bias, x, ldx, out, rows);
 }

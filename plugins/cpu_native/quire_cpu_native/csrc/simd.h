@@ -109,6 +109,31 @@ static inline I whole_sums(I c) { return c; }
 static inline I add_byte_products(I c, I a, I b) { return _mm512_add_epi16(c, _mm512_maddubs_epi16(a, b)); }
 static inline I whole_sums(I c) { return _mm512_madd_epi16(c, set1_int(0x00010001)); }
 #endif
+// Codes of 8 bits, as they are multiplied: less `TAKEN_OFF`, by signed bytes b of -127 to 127, whose products with them
+// are summed by fours.
+#if defined(QUIRE_ISA_AVX512BF16)
+constexpr float TAKEN_OFF = 0.0f;
+struct Factors {
+    I codes;
+};
+static inline Factors factors(I codes) { return {codes}; }
+static inline I add_code_products(I c, Factors a, I b) { return _mm512_dpbusd_epi32(c, a.codes, b); }
+#else
+constexpr float TAKEN_OFF = 128.0f;
+struct Factors {
+    I sizes;
+    __mmask64 negative;
+};
+static inline Factors factors(I codes) {
+    I centred = _mm512_xor_si512(codes, set1_int((int)0x80808080u));
+    return {_mm512_abs_epi8(centred), _mm512_movepi8_mask(centred)};
+}
+// 128 · 127 · 2 < 2^15: the sign stands with b, so that pairs do not saturate.
+static inline I add_code_products(I c, Factors a, I b) {
+    I pairs = _mm512_maddubs_epi16(a.sizes, _mm512_mask_sub_epi8(b, a.negative, zero_int(), b));
+    return _mm512_add_epi32(c, whole_sums(pairs));
+}
+#endif
 static inline V load(const int8_t* p) { return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 static inline V load(const half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 
@@ -171,6 +196,17 @@ static inline I low_nibbles(I x) { return _mm256_and_si256(x, set1_int(0x0f0f0f0
 static inline I high_nibbles(I x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
 static inline I add_byte_products(I c, I a, I b) { return _mm256_add_epi16(c, _mm256_maddubs_epi16(a, b)); }
 static inline I whole_sums(I c) { return _mm256_madd_epi16(c, set1_int(0x00010001)); }
+constexpr float TAKEN_OFF = 128.0f;
+struct Factors {
+    I sizes, centred;
+};
+static inline Factors factors(I codes) {
+    I centred = _mm256_xor_si256(codes, set1_int((int)0x80808080u));
+    return {_mm256_abs_epi8(centred), centred};
+}
+static inline I add_code_products(I c, Factors a, I b) {
+    return _mm256_add_epi32(c, whole_sums(_mm256_maddubs_epi16(a.sizes, _mm256_sign_epi8(b, a.centred))));
+}
 static inline V load(const int8_t* p) { return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
 static inline V load(const half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 
@@ -256,6 +292,12 @@ static inline I add_byte_products(I c, I a, I b) {
     return c;
 }
 static inline I whole_sums(I c) { return c; }
+constexpr float TAKEN_OFF = 0.0f;
+struct Factors {
+    I codes;
+};
+static inline Factors factors(I codes) { return {codes}; }
+static inline I add_code_products(I c, Factors a, I b) { return add_byte_products(c, a.codes, b); }
 static inline V load(const int8_t* p) { return lanes([=](int i) { return (float)p[i]; }); }
 static inline V load(const half* p) { return lanes([=](int i) { return to_float(p[i]); }); }
 
@@ -277,11 +319,17 @@ static inline void store_some(T* p, V x, int64_t n) {
 
 // Sums in a fixed order: lanes i and i + W/2 first.
 static inline float sum(V x) {
+#if defined(QUIRE_ISA_AVX2)
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
     float a[W];
     store(a, x);
     for (int half = W / 2; half > 0; half /= 2)
         for (int i = 0; i < half; i++) a[i] += a[i + half];
     return a[0];
+#endif
 }
 static inline float largest(V x) {
     float a[W];
