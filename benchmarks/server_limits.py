@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from figures import show
 from quire import AsyncLLM
 from server_overhead import serve
 
@@ -93,10 +94,7 @@ def main() -> None:
         "blocks owned": running[2],
         "vanished s": vanished,
     }
-    for name, value in figures.items():
-        print(f"{name:24}{value:10.2f}")
-    if given.json is not None:
-        given.json.write_text(json.dumps(figures, indent=1))
+    show(figures, given.json)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
 """What the server adds to the engine's own time per token: streams over HTTP beside the same streams without it.
 
-    python benchmarks/server_overhead.py [--streams 64] [--tokens 64] [--rounds 5] [--json FILE]
+    python benchmarks/server_overhead.py [--streams 64] [--tokens 64 256] [--rounds 5] [--json FILE]
 
 Both ways run in turn, each over an engine in a child process (`quire serve`'s default) on the bundled model.
 The clients of the HTTP streams run in a process of their own that does no more than read, since elsewhere they have
 machines of their own; here they share the cores with server and engine, so that on few cores the ratio holds their
-work too. What counts is the ratio
-of medians. Beside the time that passes stands the processor time of server and engine alone, without the
-clients: it can be measured on a machine that is busy otherwise.
+work too. What counts is the ratio of medians. A request has its price too, which weighs more on short answers: so
+two lengths are measured. Beside the time that passes stands the processor time of server and engine alone, without
+the clients: it can be measured on a machine that is busy otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from figures import show
 from quire import AsyncLLM, SamplingParams
 
 OPTIONS: dict[str, Any] = {"max_num_seqs": 64, "num_kv_blocks": 1200, "process": True}
@@ -101,46 +101,51 @@ def serve(llm: AsyncLLM, **settings: Any) -> tuple[str, Any, threading.Thread]:
     return f"http://127.0.0.1:{socket.getsockname()[1]}", listener, thread
 
 
+def compare(llm: AsyncLLM, url: str, streams: int, tokens: int, rounds: int) -> dict[str, float]:
+    """Microseconds per token both ways and their ratio, by the clock and by processor time: medians of the rounds."""
+    arguments = [sys.executable, "-c", CLIENT, url, str(streams), str(tokens)]
+    alone, served = [], []
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdin is not None
+        assert client.stdout is not None
+        for round_ in range(rounds + 1):
+            began = busy(llm)
+            client.stdin.write("go\n")
+            client.stdin.flush()
+            over_http = float(client.stdout.readline()), busy(llm) - began
+            began = busy(llm)
+            without = asyncio.run(direct(llm, streams, tokens)), busy(llm) - began
+            if round_:  # the first one warms up
+                alone.append(without)
+                served.append(over_http)
+    figures = {}
+    for index, kind in enumerate(("", "busy ")):
+        pair = (statistics.median(times[index] for times in way) for way in (alone, served))
+        engine, server = (1e6 * seconds / streams / tokens for seconds in pair)
+        figures |= {f"{kind}engine us/token": engine, f"{kind}server us/token": server, f"{kind}ratio": server / engine}
+    return figures
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[64, 256], help="of each stream, one length or several"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     llm = AsyncLLM(**OPTIONS)
     url, listener, thread = serve(llm)
-    arguments = [sys.executable, "-c", CLIENT, url, str(given.streams), str(given.tokens)]
-    client = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert client.stdin is not None
-    assert client.stdout is not None
-    alone, served = [], []
-    for round_ in range(given.rounds + 1):
-        began = busy(llm)
-        client.stdin.write("go\n")
-        client.stdin.flush()
-        over_http = float(client.stdout.readline()), busy(llm) - began
-        began = busy(llm)
-        without = asyncio.run(direct(llm, given.streams, given.tokens)), busy(llm) - began
-        if round_:  # the first one warms up
-            alone.append(without)
-            served.append(over_http)
-    client.stdin.close()
-    client.wait()
+    figures = {}
+    for tokens in given.tokens:
+        found = compare(llm, url, given.streams, tokens, given.rounds)
+        figures |= {f"{tokens}: {name}": value for name, value in found.items()}
     listener.should_exit = True
     thread.join()
     llm.shutdown()
-    tokens = given.streams * given.tokens
-    figures = {}
-    for index, kind in enumerate(("", "busy ")):
-        engine, server = (statistics.median(times[index] for times in way) / tokens * 1e6 for way in (alone, served))
-        figures |= {f"{kind}engine us/token": engine, f"{kind}server us/token": server}
-        figures[f"{kind}ratio"] = server / engine
-    for name, value in figures.items():
-        print(f"{name:24}{value:10.2f}")
-    if given.json is not None:
-        given.json.write_text(json.dumps(figures, indent=1))
+    show(figures, given.json)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,15 @@ import logging
 import queue
 import threading
 import uuid
-from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
 from quire.config import EngineConfig
 from quire.contract.metrics import MetricsSink
+from quire.delivery import Reader, Stream, Take, hand_over
 from quire.engine.build import configured_by, host_for
 from quire.engine.chat import ChatFormat
 from quire.engine.intake import Prompt, Submission
@@ -34,27 +36,6 @@ from quire.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class _Stream:
-    """One request's deltas on their way, within one event loop: a queue for one reader, at a fraction of
-    `asyncio.Queue`'s price, which at many streams is a good part of what a token costs."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self._deltas: deque[OutputDelta] = deque()
-        self._reader: asyncio.Future[None] | None = None
-
-    def put(self, delta: OutputDelta) -> None:
-        self._deltas.append(delta)
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
-
-    async def get(self) -> OutputDelta:
-        while not self._deltas:
-            self._reader = self.loop.create_future()
-            await self._reader
-        return self._deltas.popleft()
 
 
 class AsyncLLM:
@@ -82,8 +63,8 @@ class AsyncLLM:
 
     def _begin(self, engine: ServedEngine) -> None:
         self._engine = engine
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._streams: dict[str, _Stream] = {}
+        self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._streams: dict[str, Stream] = {}
         self._dead: BaseException | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="quire-engine", daemon=True)
@@ -167,28 +148,62 @@ class AsyncLLM:
 
     async def submit(self, submission: Submission) -> AsyncGenerator[OutputDelta]:
         """As `stream`, for a request that `prepare` returned."""
+        reader = Reader()
+        with self._open(submission, reader.put) as ended:
+            ended.add_done_callback(reader.wake)
+            while True:
+                delta = await reader.get(ended)
+                yield delta
+                if delta.finished:
+                    return
+
+    async def run(self, submission: Submission, take: Take) -> None:
+        """Run a request that `prepare` returned: call `take` with each delta, in the event loop; done after the last.
+
+        For many streams at once: no task has to wake for a delta. Cancelling it aborts the request within one step;
+        so does what `take` raises, which comes out here.
+
+        Raises:
+            RequestError: the request cannot be honoured. EngineDead: the engine has ended.
+        """
+        with self._open(submission, take) as ended:
+            await ended
+
+    @contextmanager
+    def _open(self, submission: Submission, take: Take) -> Iterator[asyncio.Future[None]]:
+        """Submit a request; a future that is done with the last delta. What still runs when it is left is aborted."""
         self._check_alive()
         key = submission.request_id
         if key in self._streams:
             raise RequestError(f"request id {key!r} is in use", param="request_id")
-        stream = self._streams[key] = _Stream(asyncio.get_running_loop())
-        ended = False
+        stream = self._streams[key] = Stream(asyncio.get_running_loop(), take)
+        self._post(lambda: self._add(submission, stream))
         try:
-            try:
-                answer = await asyncio.wrap_future(self._call(lambda: self._engine.add(submission)))
-                if answer is not None:
-                    await asyncio.wrap_future(answer)
-            except RequestError:
-                ended = True
-                raise
-            while not ended:
-                delta = await stream.get()
-                ended = delta.finished
-                yield delta
+            yield stream.ended
         finally:
-            self._streams.pop(key, None)
-            if not ended:
+            del self._streams[key]
+            if stream.close():
                 self._call(lambda: self._engine.abort(key))
+
+    def _add(self, submission: Submission, stream: Stream) -> None:
+        """In the engine's thread: hand the request over; a refusal is the stream's end."""
+
+        def refuse(error: BaseException) -> None:
+            if not stream.loop.is_closed():
+                stream.loop.call_soon_threadsafe(stream.refuse, error)
+
+        def answered(answer: Future[None]) -> None:
+            if (error := answer.exception()) is not None:
+                refuse(error)
+
+        try:
+            self._check_alive()
+            answer = self._engine.add(submission)
+        except Exception as error:
+            refuse(error)
+        else:
+            if answer is not None:
+                answer.add_done_callback(answered)
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream gets a final delta with finish reason `abort`."""
@@ -238,10 +253,13 @@ class AsyncLLM:
             except Exception as error:
                 future.set_exception(error)
 
-        self._inbox.put(run)
+        self._post(run)
+        return future
+
+    def _post(self, work: Callable[[], object]) -> None:
+        self._inbox.put(work)
         if self._dead is not None or self._stopping:
             self._drain()  # the thread may have ended after the check: nobody else would answer
-        return future
 
     async def _run(self, work: Callable[[], T]) -> T:
         self._check_alive()
@@ -277,16 +295,11 @@ class AsyncLLM:
 
     def _deliver(self, deltas: list[OutputDelta]) -> None:
         """One hop per event loop, however many deltas a step made."""
-        batches: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, OutputDelta]]] = defaultdict(list)
+        batches: dict[asyncio.AbstractEventLoop, list[tuple[Stream, OutputDelta]]] = defaultdict(list)
         for delta in deltas:
             stream = self._streams.get(delta.request_id)
             if stream is not None:
                 batches[stream.loop].append((stream, delta))
         for loop, batch in batches.items():
             if not loop.is_closed():
-                loop.call_soon_threadsafe(_hand_over, batch)
-
-
-def _hand_over(batch: list[tuple[_Stream, OutputDelta]]) -> None:
-    for stream, delta in batch:
-        stream.put(delta)
+                loop.call_soon_threadsafe(hand_over, batch)

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
+from quire_server.direct import Direct
 from quire_server.errors import AnthropicErrorEnvelope, ApiError, ErrorEnvelope, as_api_error
 from quire_server.middleware import ApiKey, BodyLimit, RequestId, answer
 from quire_server.routes import anthropic, engine, openai, operations, page, responses
@@ -46,7 +47,8 @@ def create_app(state: ServerState, tracer_provider: Any = None) -> FastAPI:
     """
     app = FastAPI(title="Quire", version=__version__, docs_url=None, redoc_url=None)
     app.state.server = state
-    for router in (openai.router, responses.router, operations.router, engine.router, page.router):
+    routers = (openai.router, responses.router, operations.router, engine.router, page.router)
+    for router in routers:
         app.include_router(router, responses=_errors(ErrorEnvelope))
     app.include_router(anthropic.router, responses=_errors(AnthropicErrorEnvelope))
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
@@ -56,6 +58,7 @@ def create_app(state: ServerState, tracer_provider: Any = None) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _api_error)
     # The last one added is the first to see a request.
+    app.add_middleware(Direct, routers=(*routers, anthropic.router))
     app.add_middleware(BodyLimit, limit=state.settings.max_body)
     app.add_middleware(ApiKey, keys=state.settings.all_keys())
     if state.settings.cors_origins:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -17,15 +16,17 @@ from quire_server import sse
 from quire_server.encoding import Meta
 from quire_server.errors import APOLOGY, ApiError, as_api_error
 from quire_server.events import Event, Failure
-from quire_server.generation import Job, event_batches
+from quire_server.generation import Job, Tell, generate
+from quire_server.ids import new_id
 from quire_server.jobs import Sender
 from quire_server.json_response import JsonResponse
 from quire_server.state import ServerState
 
 T = TypeVar("T")
-Batches = AsyncGenerator[Sequence[Event]]
 
 IGNORED_FIELDS = "X-Quire-Ignored-Fields"
+SMALL = 1024
+"""Bytes of a body whose tokens are found sooner than another thread could take it."""
 CLIENT_GONE = 499
 """Status of an answer that nobody reads; nginx's number for it, seen in the access log only."""
 
@@ -48,43 +49,49 @@ class Call:
         self._state, self._request = state, request
         self._headers = ignored_header(ignored)
         state.admission.check()
-        self.request_id = f"{prefix}{uuid.uuid4().hex}"
+        self.request_id = new_id(prefix)
         self.sender = Sender(self.request_id, getattr(request.state, "tenant", ""))
         self.meta = Meta(self.request_id, int(time.time()), state.check_model(model))
 
-    async def prepare(self, make: Callable[[], T], prompt_param: str) -> T:
-        """Render, tokenize and check, off the event loop. Raises ApiError."""
+    async def prepare(self, make: Callable[[], T], prompt_param: str, *, is_quick: bool = False) -> T:
+        """Render, tokenize and check: off the event loop, unless `is_quick` and the body is small. Raises ApiError."""
         try:
-            return await run_in_threadpool(make)
+            return make() if is_quick and self._is_small() else await run_in_threadpool(make)
         except Exception as error:
             raise as_api_error(error, prompt_param=prompt_param) from error
+
+    def _is_small(self) -> bool:
+        declared = self._request.headers.get("content-length", "")
+        return declared.isdigit() and int(declared) <= SMALL
 
     def stream(self, job: Job, encoder: sse.Encoder) -> Response:
         """Send the events as they come. Raises ApiError if there is no place for the request."""
         place = contextlib.ExitStack()
         place.enter_context(self._state.admission.admit(job.num_prompt_tokens))
         head = encoder.encoded(encoder.begin())
-        return sse.EventStream(
-            self._batches(job), encoder.joined, self._state.limits, head=head, headers=self._headers, place=place
-        )
+
+        async def produce(write: Callable[[bytes], None]) -> None:
+            await self._generate(job, lambda events: write(encoder.joined(events)))
+
+        return sse.EventStream(produce, self._state.limits, head=head, headers=self._headers, place=place)
 
     async def events(self, job: Job) -> list[Event]:
         """All events, for an answer that is sent at once. Raises ApiError if there is no place, or it fails."""
+        produced: list[Event] = []
         with self._state.admission.admit(job.num_prompt_tokens):
-            produced: list[Event] = await _unless_disconnected(self._request, _all(self._batches(job)))
+            await _unless_disconnected(self._request, self._generate(job, produced.extend))
         if produced and isinstance(produced[-1], Failure):
             raise ApiError(503, f"{APOLOGY} {produced[-1].message}")
         return produced
 
-    def _batches(self, job: Job) -> Batches:
-        """The job's events, which the request's trace is told of, if there is one."""
-        batches = event_batches(self._state.llm, job, self._state.faults.note)
+    def _generate(self, job: Job, tell: Tell) -> Coroutine[Any, Any, None]:
+        """Run the job, and tell the request's trace too, if there is one."""
         trace = getattr(self._request.state, "trace", None)
-        if trace is None:
-            return batches
-        operation = "chat" if job.parsers else "text_completion"
-        trace.begin(self.meta.model, operation, job.submissions[0].params)
-        return _told(batches, trace)
+        if trace is not None:
+            operation = "chat" if job.parsers else "text_completion"
+            trace.begin(self.meta.model, operation, job.submissions[0].params)
+            tell = _traced(tell, trace)
+        return generate(self._state.llm, job, tell, self._state.faults.note)
 
     def answer(self, content: dict[str, Any]) -> Response:
         """The answer, sent at once."""
@@ -102,17 +109,13 @@ def _printable(names: Sequence[str]) -> str:
     return ", ".join(shown)
 
 
-async def _all(batches: Batches) -> list[Event]:
-    async with contextlib.aclosing(batches):
-        return [event async for batch in batches for event in batch]
+def _traced(tell: Tell, trace: Any) -> Tell:
+    def told(events: Sequence[Event]) -> None:
+        for event in events:
+            trace.take(event)
+        tell(events)
 
-
-async def _told(batches: Batches, trace: Any) -> AsyncGenerator[Sequence[Event]]:
-    async with contextlib.aclosing(batches):
-        async for batch in batches:
-            for event in batch:
-                trace.take(event)
-            yield batch
+    return told
 
 
 async def _unless_disconnected(request: Request, work: Any) -> Any:

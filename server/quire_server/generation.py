@@ -1,17 +1,17 @@
-"""Runs a request's submissions and yields events. Leaving it early aborts what still runs."""
+"""Runs a request's submissions and tells what they produce, as events."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from quire import AsyncLLM, OutputDelta, PositionLogprobs, QuireError, Submission
 from quire.plugin import OutputParser, ParserEvent, ReasoningDelta, TextDelta, ToolCallStart
 
-from quire_server.deadline import Deadline
 from quire_server.events import (
     Choice,
     Event,
@@ -28,6 +28,8 @@ from quire_server.events import (
 )
 
 logger = logging.getLogger("quire.server")
+
+Tell = Callable[[Sequence[Event]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,39 +58,59 @@ class Job:
         return sum(len(submission.prompt_token_ids) for submission in self.submissions)
 
 
-async def event_batches(llm: AsyncLLM, job: Job, failed: Callable[[str], None]) -> AsyncGenerator[Sequence[Event]]:
-    """Everything that a job produces, in order, what came together at once; ends with one `Usage`, or one `Failure`,
-    of which `failed` is told if the engine gave it."""
+async def generate(llm: AsyncLLM, job: Job, tell: Tell, failed: Callable[[str], None]) -> None:
+    """Run a job. What it produces is told as it comes, in the event loop: in order, what came together at once; last
+    one `Usage`, or one `Failure`, of which `failed` is told if the engine gave it. Cancelling it aborts what runs."""
     tally = _Tally(job)
     now = asyncio.get_running_loop().time()
     end = now + job.timeout
-    deadline = Deadline(min(now + job.queue_timeout, end))
-    deltas = _merged(llm, job.submissions)
-    indexes = {submission.request_id: index for index, submission in enumerate(job.submissions)}
     try:
-        while tally.open_choices:
-            delta = await deadline.wait(anext(deltas))
-            if not tally.has_begun:
-                deadline.move(end)
-            found = tally.take(indexes[delta.request_id], delta)
-            if found and isinstance(found[-1], Failure):
-                failed(found[-1].message)
-                yield found
-                return
-            yield found
-        yield [tally.usage()]
+        async with asyncio.timeout_at(min(now + job.queue_timeout, end)) as limit:
+
+            def take(prompt: int, delta: OutputDelta) -> None:
+                if not tally.has_begun:
+                    limit.reschedule(end)
+                events = tally.take(prompt, delta)
+                if events and isinstance(last := events[-1], Failure):
+                    raise _Failed(events, last.message)
+                tell(events)
+
+            await _run_all(llm, job.submissions, take)
+        tell([tally.usage()])
+    except _Failed as found:
+        failed(found.message)
+        tell(found.events)
     except TimeoutError:
         problem = "took too long" if tally.has_begun else "waited too long for its turn"
-        yield [Failure(f"the request {problem} and was ended")]
+        tell([Failure(f"the request {problem} and was ended")])
     except QuireError as error:
-        yield [Failure(error.message)]
+        tell([Failure(error.message)])
     except Exception as error:
         # A parser is a plugin's, and reads what a model wrote: what it breaks is this request alone.
         logger.exception("an output could not be read")
-        yield [Failure(f"the output could not be read: {type(error).__name__}")]
+        tell([Failure(f"the output could not be read: {type(error).__name__}")])
+
+
+class _Failed(Exception):
+    """A delta said that nothing more will come; `events` end with the `Failure`, whose message this is."""
+
+    def __init__(self, events: Sequence[Event], message: str) -> None:
+        super().__init__(message)
+        self.events, self.message = events, message
+
+
+async def _run_all(llm: AsyncLLM, submissions: Sequence[Submission], take: Callable[[int, OutputDelta], None]) -> None:
+    """Run submissions side by side; `take` gets each delta with its submission's index. The first error ends all."""
+    if len(submissions) == 1:
+        await llm.run(submissions[0], partial(take, 0))
+        return
+    tasks = [asyncio.create_task(llm.run(each, partial(take, index))) for index, each in enumerate(submissions)]
+    try:
+        await asyncio.gather(*tasks)
     finally:
-        deadline.close()
-        await deltas.aclose()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def whole(job: Job, produced: Iterable[Event]) -> Whole:
@@ -97,34 +119,6 @@ def whole(job: Job, produced: Iterable[Event]) -> Whole:
     for event in produced:
         result.add(event)
     return result
-
-
-def _merged(llm: AsyncLLM, submissions: Sequence[Submission]) -> AsyncGenerator[OutputDelta]:
-    """Deltas of all submissions as they come."""
-    return llm.submit(submissions[0]) if len(submissions) == 1 else _interleaved(llm, submissions)
-
-
-async def _interleaved(llm: AsyncLLM, submissions: Sequence[Submission]) -> AsyncGenerator[OutputDelta]:
-    found: asyncio.Queue[OutputDelta | QuireError] = asyncio.Queue()
-
-    async def pump(submission: Submission) -> None:
-        try:
-            async for delta in llm.submit(submission):
-                found.put_nowait(delta)
-        except QuireError as error:
-            found.put_nowait(error)
-
-    tasks = [asyncio.create_task(pump(submission)) for submission in submissions]
-    try:
-        while True:
-            item = await found.get()
-            if isinstance(item, QuireError):
-                raise item
-            yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Tally:

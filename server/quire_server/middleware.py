@@ -8,7 +8,6 @@ import hmac
 import logging
 import re
 import time
-import uuid
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,6 +15,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire_server.errors import ApiError
+from quire_server.ids import new_id
 from quire_server.settings import ServerSettings
 
 logger = logging.getLogger("quire.server.access")
@@ -47,7 +47,7 @@ class RequestId:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get(REQUEST_ID, "")
-        request_id = given if SANE_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        request_id = given if SANE_ID.fullmatch(given) else new_id("req_")
         scope.setdefault("state", {}).update(request_id=request_id, send_body=send)
         started, status = time.perf_counter(), 0
 

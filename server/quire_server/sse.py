@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import ExitStack, aclosing
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import orjson
 from starlette.responses import Response
@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from quire_server.events import Event, Usage
 
-T = TypeVar("T")
+Write = Callable[[bytes], None]
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -82,16 +82,12 @@ class StreamLimits:
     write_timeout: float
 
 
-class EventStream(Response, Generic[T]):
-    """Sends what a generator yields as it comes; ends the generator when the client goes, or stops reading.
-
-    A comment is sent in silence, since proxies close a stream on which nothing happens while a long
-    prompt is computed. A task of its own sends, so that a token wakes a short stack, not the whole
-    application's; for the same reason pieces go past the middleware (`RequestId`).
+class EventStream(Response):
+    """Sends what is produced as it comes; ends the producer when the client goes, or stops reading.
 
     Args:
-        pieces: what is sent. encode: makes its bytes; none: nothing is written.
-        limits: of time. head: bytes before the first piece. headers: further ones.
+        produce: gets a function to write bytes with; the stream ends when it returns.
+        limits: of time. head: bytes before what is produced. headers: further ones.
         place: closed when the stream has ended, however it ended.
     """
 
@@ -99,8 +95,7 @@ class EventStream(Response, Generic[T]):
 
     def __init__(
         self,
-        pieces: AsyncGenerator[T],
-        encode: Callable[[T], bytes],
+        produce: Callable[[Write], Coroutine[Any, Any, None]],
         limits: StreamLimits,
         *,
         head: bytes = b"",
@@ -109,56 +104,98 @@ class EventStream(Response, Generic[T]):
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]
-        self._pieces, self._encode = pieces, encode
+        self._produce, self._limits = produce, limits
         self._head = head
         self._place = place or ExitStack()
-        self._limits = limits
-        self._last = 0.0
-        self._writing = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._place:  # here, since a generator that was never begun would not give it back
+        with self._place:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            send_body = scope["state"]["send_body"]
-            self._last = asyncio.get_running_loop().time()
-            sender = asyncio.create_task(self._send(send_body))
-            watchers = [asyncio.create_task(_gone(receive)), asyncio.create_task(self._watch_clock(send_body))]
+            pipe = Pipe(scope["state"]["send_body"], self._limits)
+            pipe.write(self._head)
+            sender = asyncio.create_task(pipe.run())
+            producer = asyncio.create_task(self._produce(pipe.write))
+            # One that failed must not look as if it had come to its end.
+            producer.add_done_callback(lambda ended: sender.cancel() if _failed(ended) else pipe.close())
+            tasks = [sender, asyncio.create_task(_gone(receive)), producer]
             try:
-                done, _ = await asyncio.wait([sender, *watchers], return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
+                await asyncio.wait(tasks[:2], return_when=asyncio.FIRST_COMPLETED)
             finally:
-                for task in (sender, *watchers):
+                for task in tasks:
                     task.cancel()
-                await asyncio.gather(sender, *watchers, return_exceptions=True)
-                await self._pieces.aclose()  # for a sender that was cancelled before it began
+                results = await asyncio.gather(*tasks, return_exceptions=True)
+            for result in results:
+                if isinstance(result, Exception):
+                    raise result
 
-    async def _send(self, send: Send) -> None:
-        async with aclosing(self._pieces):
-            if self._head:
-                await self._write(send, self._head)
-            async for piece in self._pieces:
-                if body := self._encode(piece):
-                    await self._write(send, body)
-        await send({"type": "http.response.body", "more_body": False})
 
-    async def _write(self, send: Send, body: bytes) -> None:
-        self._writing, self._last = True, asyncio.get_running_loop().time()
-        await send({"type": "http.response.body", "body": body, "more_body": True})
-        self._writing = False
+class Pipe:
+    """Bytes on their way to a client that may be slow to read; what waits goes out together.
 
-    async def _watch_clock(self, send: Send) -> None:
-        """Comments in silence; returns if a write takes too long."""
-        loop = asyncio.get_running_loop()
-        while True:
-            limit = self._limits.write_timeout if self._writing else self._limits.keepalive
-            rest = self._last + limit - loop.time()
-            if rest > 0:
-                await asyncio.sleep(rest)
-            elif self._writing:
-                return
-            else:
-                await self._write(send, KEEP_ALIVE)
+    A comment is sent in silence, since proxies close a stream on which nothing happens while a long
+    prompt is computed. `run` is for a task of its own: so a token wakes a short stack, not the whole application's.
+    """
+
+    def __init__(self, send: Send, limits: StreamLimits) -> None:
+        self._send, self._limits = send, limits
+        self._loop = asyncio.get_running_loop()
+        self._pieces: list[bytes] = []
+        self._waits: asyncio.Future[None] | None = None
+        self._is_closed = self._is_sending = False
+        self._last = self._loop.time()
+
+    def write(self, piece: bytes) -> None:
+        """Send this, when there is room."""
+        if piece:
+            self._pieces.append(piece)
+            self._wake()
+
+    def close(self) -> None:
+        """Nothing more will be written."""
+        self._is_closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waits is not None and not self._waits.done():
+            self._waits.set_result(None)
+
+    async def run(self) -> None:
+        """Send until the pipe is closed and empty, or one write takes too long."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._watch_clock(task)
+        try:
+            while self._pieces or not self._is_closed:
+                if self._pieces:
+                    body = b"".join(self._pieces)
+                    self._pieces.clear()
+                    await self._write_out(body, more=True)
+                else:
+                    self._waits = self._loop.create_future()
+                    await self._waits
+            await self._write_out(b"", more=False)
+        finally:
+            self._timer.cancel()
+
+    async def _write_out(self, body: bytes, *, more: bool) -> None:
+        self._is_sending, self._last = True, self._loop.time()
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        self._is_sending = False
+
+    def _watch_clock(self, task: asyncio.Task[Any]) -> None:
+        """Now and again: comments in silence; ends the task if a write takes too long."""
+        limit = self._limits.write_timeout if self._is_sending else self._limits.keepalive
+        rest = self._last + limit - self._loop.time()
+        if rest <= 0 and self._is_sending:
+            task.cancel()
+        elif rest <= 0:
+            self.write(KEEP_ALIVE)
+            rest = limit
+        self._timer = self._loop.call_later(min(rest, self._limits.write_timeout), self._watch_clock, task)
+
+
+def _failed(task: asyncio.Task[None]) -> bool:
+    return task.cancelled() or task.exception() is not None
 
 
 async def _gone(receive: Receive) -> None:

@@ -105,6 +105,54 @@ def test_cancellation_frees_blocks(llm):
     assert llm.engine.kv_stats().used == 0
 
 
+def test_run_hands_over_what_a_stream_yields(llm):
+    async def main():
+        taken = []
+        await llm.run(llm.prepare([3, 4], GREEDY), taken.append)
+        return taken, await collect(llm, [3, 4])
+
+    taken, streamed = asyncio.run(main())
+    assert [delta.finished for delta in taken] == [False] * (len(taken) - 1) + [True]
+    assert [t for delta in taken for t in delta.token_ids] == [t for delta in streamed for t in delta.token_ids]
+
+
+def test_what_take_raises_comes_out_and_ends_the_request(llm):
+    async def main():
+        taken = []
+
+        def take(delta):
+            taken.append(delta)
+            raise ValueError("enough")
+
+        with pytest.raises(ValueError, match="enough"):
+            await llm.run(llm.prepare([3, 4], LONG), take)
+        await quiet(llm)
+        return taken
+
+    assert len(asyncio.run(main())) == 1
+
+
+def test_a_run_that_is_cancelled_takes_nothing_more(llm):
+    async def main():
+        taken = []
+        began = asyncio.Event()
+
+        def take(delta):
+            taken.append(delta)
+            began.set()
+
+        task = asyncio.create_task(llm.run(llm.prepare([3, 4], LONG), take))
+        await began.wait()
+        task.cancel()
+        count = len(taken)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await quiet(llm)
+        return len(taken) - count
+
+    assert asyncio.run(main()) == 0
+
+
 def test_abort_by_id_gives_a_final_delta(llm):
     async def main():
         task = asyncio.create_task(collect(llm, [3, 4], LONG, request_id="mine"))

@@ -87,11 +87,13 @@ def test_a_client_that_goes_ends_its_request(serve, llm, stream):
 
 
 def test_a_client_that_does_not_read_is_given_up(serve, llm, monkeypatch):
-    async def flood(submission):
-        while True:
-            yield OutputDelta(submission.request_id, text="x" * 100_000, token_ids=(5,))
+    async def flood(submission, take):
+        for _ in range(300):
+            take(OutputDelta(submission.request_id, text="x" * 100_000, token_ids=(5,)))
+            await asyncio.sleep(0)
+        await asyncio.Event().wait()
 
-    monkeypatch.setattr(llm, "submit", flood)
+    monkeypatch.setattr(llm, "run", flood)
     body = json.dumps(LONG).encode()
     fields = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     head = f"POST /v1/completions HTTP/1.1\r\n{fields}\r\n\r\n"
@@ -104,14 +106,13 @@ def test_a_client_that_does_not_read_is_given_up(serve, llm, monkeypatch):
 
 
 def test_silence_is_filled_with_comments(serve, llm, monkeypatch):
-    submit = llm.submit
+    run = llm.run
 
-    async def late(submission):
+    async def late(submission, take):
         await asyncio.sleep(0.5)
-        async for delta in submit(submission):
-            yield delta
+        await run(submission, take)
 
-    monkeypatch.setattr(llm, "submit", late)
+    monkeypatch.setattr(llm, "run", late)
     with serve(sse_keepalive=0.1) as (url, _, _):
         lines = httpx.post(f"{url}/v1/completions", json={"prompt": "x", "stream": True}).text.split("\n\n")
     assert lines.count(": keep-alive") >= 3
@@ -128,14 +129,16 @@ def test_requests_that_take_too_long_end_with_an_error(serve):
 
 
 def test_a_failing_engine_is_told_in_the_stream_without_done(serve, llm, monkeypatch):
-    submit = llm.submit
+    run = llm.run
 
-    async def dying(submission):
-        async for delta in submit(submission):
-            yield delta
+    async def dying(submission, take):
+        def last(delta):
+            take(delta)
             raise EngineDead("the engine has ended: test")
 
-    monkeypatch.setattr(llm, "submit", dying)
+        await run(submission, last)
+
+    monkeypatch.setattr(llm, "run", dying)
     with serve() as (url, _, _):
         text = httpx.post(
             f"{url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}], "stream": True}

@@ -23,20 +23,20 @@ def test_health_readiness_and_version(http):
 
 
 def test_a_server_whose_model_spoils_answers_is_not_ready(serve, llm, monkeypatch):
-    submit, now = llm.submit, [0.0]
+    run, now = llm.run, [0.0]
 
-    async def spoiled(submission):
-        yield OutputDelta(submission.request_id, finish_reason="error", finished=True, error=NOT_FINITE)
+    async def spoiled(submission, take):
+        take(OutputDelta(submission.request_id, finish_reason="error", finished=True, error=NOT_FINITE))
 
     monkeypatch.setattr("quire_server.faults.time.monotonic", lambda: now[0])
     with serve() as (url, _, _):
-        monkeypatch.setattr(llm, "submit", spoiled)
+        monkeypatch.setattr(llm, "run", spoiled)
         for count in range(1, 5):
             now[0] += 10
             answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x"})
             assert (answer.status_code, NOT_FINITE in answer.json()["error"]["message"]) == (503, True)
             assert httpx.get(f"{url}/ready").status_code == (200 if count < 4 else 503)
-        monkeypatch.setattr(llm, "submit", submit)
+        monkeypatch.setattr(llm, "run", run)
         assert httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
         assert httpx.get(f"{url}/health").status_code == 200
         now[0] += 31  # the first of the four is 61 seconds old

@@ -70,11 +70,10 @@ def test_errors_are_seen_and_health_is_not_traced(traced, llm, monkeypatch):
     (bad,) = spans(exporter, 1)
     assert bad.attributes["http.response.status_code"] == 400
 
-    async def broken(submission):
+    async def broken(submission, take):
         raise RuntimeError("a parser, say")
-        yield
 
-    monkeypatch.setattr(llm, "submit", broken)
+    monkeypatch.setattr(llm, "run", broken)
     failed = client.post("/v1/completions", json={"prompt": "x"})
     assert (failed.status_code, "RuntimeError" in failed.json()["error"]["message"]) == (503, True)
     assert spans(exporter, 2)[1].status.status_code is StatusCode.ERROR

@@ -50,9 +50,8 @@ class RemoteEngine:
     def __init__(self, configured: Configured, host: PluginHost) -> None:
         self._front = build_front(configured, host)
         self._begin = _begin(configured, host)
-        self._child: Child | None = Child.start(self._begin)
-        self._ready = self._child.ready
-        self._kv, self._queues = self._ready.kv, self._ready.queues
+        self._child: Child | None = None
+        self._adopt(Child.start(self._begin))
         self._live: dict[str, LiveRequest] = {}
         self._news: list[OutputDelta] = []
         self._looks: deque[Future[EngineView]] = deque()
@@ -142,7 +141,7 @@ class RemoteEngine:
 
     def info(self) -> EngineFacade:
         """What serves, and how much it can hold."""
-        return engine_info(self.config, self._ready.num_kv_blocks)
+        return self._info
 
     def health(self) -> str | None:
         """None if there is a child, else the reason why not; the supervisor ends one that hangs."""
@@ -228,11 +227,14 @@ class RemoteEngine:
                 self._news += self._end(live, FinishReason.ERROR, reason)
 
     def _started(self, child: Child) -> None:
-        self._child = child
-        self._ready = child.ready
-        self._kv, self._queues = child.ready.kv, child.ready.queues
+        self._adopt(child)
         for live in self._live.values():
             child.send(live.message())
+
+    def _adopt(self, child: Child) -> None:
+        self._child = child
+        self._kv, self._queues = child.ready.kv, child.ready.queues
+        self._info = engine_info(self.config, child.ready.num_kv_blocks)
 
     def _given_up(self, reason: str) -> None:
         self._dead = reason

@@ -63,6 +63,8 @@ class LiveRequest:
             self.num_cached_tokens = delta.num_cached_tokens
         if delta.finish_reason is not None:
             del self.sequences[delta.index]
+        if delta.num_cached_tokens == self.num_cached_tokens and len(entries) == len(delta.prompt_logprobs):
+            return delta
         return replace(delta, prompt_logprobs=entries, num_cached_tokens=self.num_cached_tokens)
 
     def lose(self) -> None:

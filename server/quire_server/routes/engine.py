@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import Callable
 
 from fastapi import APIRouter, Request
 from quire import EngineError
@@ -38,10 +38,10 @@ async def engine(request: Request) -> Response:
 async def engine_stream(request: Request) -> Response:
     """The same as server-sent events, at most five a second; `event: error` while there is no engine."""
     state: ServerState = request.app.state.server
-    return EventStream(_looks(state), bytes, state.limits)
+    return EventStream(lambda write: _look(state, write), state.limits)
 
 
-async def _looks(state: ServerState) -> AsyncGenerator[bytes]:
+async def _look(state: ServerState, write: Callable[[bytes], None]) -> None:
     while not state.is_leaving and state.llm.cause_of_death is None:
         began = time.monotonic()
         try:
@@ -49,5 +49,5 @@ async def _looks(state: ServerState) -> AsyncGenerator[bytes]:
         except EngineError as error:
             seen = event({"message": error.message}, "error")
         took = time.monotonic() - began
-        yield seen
+        write(seen)
         await asyncio.sleep(max(INTERVAL, took / SHARE))

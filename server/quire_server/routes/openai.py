@@ -68,7 +68,10 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continue one prompt or several."""
     state: ServerState = request.app.state.server
     call = _call(state, request, body, "cmpl-")
-    job = await call.prepare(lambda: completion_job(state.llm, state.settings, body, call.sender), "prompt")
+    one_text = isinstance(body.prompt, str)
+    job = await call.prepare(
+        lambda: completion_job(state.llm, state.settings, body, call.sender), "prompt", is_quick=one_text
+    )
     tokenizer, submissions = state.llm.tokenizer, job.submissions
     wants = _wants(body, body.logprobs)
     chunks = CompletionChunks(

@@ -1,0 +1,126 @@
+"""The way of a stream's bytes: what waits goes out together, silence is filled, a reader that stops is given up."""
+
+import asyncio
+
+import pytest
+from quire_server.sse import KEEP_ALIVE, EventStream, Pipe, StreamLimits
+
+LIMITS = StreamLimits(keepalive=15.0, write_timeout=60.0)
+
+
+class Reader:
+    """A client; `ready` says whether it takes more."""
+
+    def __init__(self):
+        self.ready = asyncio.Event()
+        self.ready.set()
+        self.read = []
+
+    async def send(self, message):
+        await self.ready.wait()
+        self.read.append(message.get("body"))
+
+
+def test_what_waits_goes_out_together(instantly):
+    async def scenario():
+        reader = Reader()
+        pipe = Pipe(reader.send, LIMITS)
+        task = asyncio.create_task(pipe.run())
+        pipe.write(b"a")
+        await asyncio.sleep(1)
+        reader.ready.clear()
+        for piece in (b"b", b"", b"c", b"d"):
+            pipe.write(piece)
+            await asyncio.sleep(1)
+        reader.ready.set()
+        await asyncio.sleep(1)
+        pipe.write(b"e")
+        pipe.close()
+        await task
+        return reader.read
+
+    assert instantly(scenario()) == [b"a", b"b", b"cd", b"e", b""]
+
+
+def test_comments_fill_silence_alone(instantly):
+    async def scenario():
+        reader = Reader()
+        pipe = Pipe(reader.send, LIMITS)
+        task = asyncio.create_task(pipe.run())
+        for _ in range(4):
+            await asyncio.sleep(14)
+            pipe.write(b"x")
+        await asyncio.sleep(40)
+        pipe.close()
+        await task
+        return reader.read
+
+    assert instantly(scenario()) == [b"x"] * 4 + [KEEP_ALIVE] * 2 + [b""]
+
+
+def test_a_write_that_takes_too_long_ends_it(instantly):
+    """Whichever it is: the last one has no bytes."""
+
+    async def scenario(piece):
+        reader = Reader()
+        pipe = Pipe(reader.send, LIMITS)
+        task = asyncio.create_task(pipe.run())
+        await asyncio.sleep(1)
+        reader.ready.clear()
+        pipe.write(piece)
+        pipe.close()
+        await asyncio.sleep(59)
+        assert not task.done()
+        await asyncio.sleep(61)
+        return task.cancelled()
+
+    assert instantly(scenario(b"x"))
+    assert instantly(scenario(b""))
+
+
+def test_a_stream_ends_its_producer_with_its_reader(instantly):
+    """A client that goes, and one that stops reading; the place is given back either way."""
+
+    async def scenario(goes):
+        reader, ended = Reader(), []
+
+        async def produce(write):
+            try:
+                write(b"x")
+                await asyncio.Event().wait()
+            finally:
+                ended.append("producer")
+
+        async def receive():
+            if goes:
+                await asyncio.sleep(5)
+                return {"type": "http.disconnect"}
+            await asyncio.Event().wait()
+            return None
+
+        async def body(message):
+            await asyncio.Event().wait()
+
+        stream = EventStream(produce, LIMITS)
+        stream._place.callback(ended.append, "place")
+        await stream({"state": {"send_body": reader.send if goes else body}}, receive, reader.send)
+        return ended
+
+    assert instantly(scenario(True)) == instantly(scenario(False)) == ["producer", "place"]
+
+
+def test_a_producer_that_fails_leaves_the_stream_open_ended(instantly):
+    reader = Reader()
+
+    async def produce(write):
+        write(b"x")
+        await asyncio.sleep(1)
+        raise ValueError("an encoder, say")
+
+    async def scenario():
+        never = asyncio.Event()
+        await EventStream(produce, LIMITS)({"state": {"send_body": reader.send}}, never.wait, reader.send)
+
+    with pytest.raises(ValueError, match="an encoder"):
+        instantly(scenario())
+    assert reader.read == [None, b"x"]
