@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for isa in options.isas:
         target = options.out / _named(isa, SELF_CONTAINED)
         _build(compiler, isa, SELF_CONTAINED, target)
-        print(target)
+        sys.stdout.write(f"{target}\n")
 
 
 if __name__ == "__main__":
