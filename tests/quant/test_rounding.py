@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from quire import LLM, ConfigError, SamplingParams
-from quire.plugin import LinearSpec, QuantInit
+from quire.plugin import LinearSpec, OpInit, QuantInit
 from quire.testing.quantization import QuantizationConformance, reference_op
 from quire.testing.tiny_models import make_checkpoint
 from quire_quant import rounding
 from quire_quant.codes import Form
+from quire_quant.kernels import DequantOps
 from quire_quant.rounding import Int4Method, Int8Method, Int8Options, rounded
 
 INIT = QuantInit({}, {}, torch.device("cpu"), torch.float32, Int8Options(group_size=32), op=reference_op)
@@ -54,6 +55,8 @@ def test_the_head_has_8_bits_or_is_left_alone(method):
     spec = LinearSpec(64, 10, False, torch.float32, name="lm_head")
     assert method(replace(INIT, options=None)).linear(replace(spec, in_features=128), (spec,)).operation().bits == 8
     assert method(replace(INIT, options=Int8Options(group_size=32, head_bits=16))).linear(spec, (spec,)) is None
+    slow = replace(INIT, op=DequantOps(OpInit(torch.device("cpu"), 64)).build)
+    assert method(slow).linear(spec, (spec,)) is None
 
 
 def test_rounding_in_pieces_leaves_the_weight_and_every_row_as_it_is(monkeypatch):

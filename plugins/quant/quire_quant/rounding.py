@@ -25,6 +25,7 @@ from quire.plugin import (
 from torch import Tensor
 
 from quire_quant.codes import Codes, Form
+from quire_quant.kernels import Dequant
 
 UNQUANTIZED = ("gate",)
 """Last parts of the paths of layers left alone: routers, whose choices are brittle."""
@@ -42,7 +43,7 @@ class Int8Options(BaseModel):
     group_size: int = Field(default=128, ge=16)
     """Inputs that share a scale; a layer whose inputs it does not divide stays unquantized."""
     head_bits: Literal[8, 16] = 8
-    """Of the output head; 16 leaves it unquantized."""
+    """Of the output head; 16 leaves it unquantized, and so does the lack of a kernel faster than `dequant`."""
 
 
 class Int4Options(Int8Options):
@@ -67,7 +68,10 @@ class RoundingMethod(QuantMethod):
         bits = self._options.head_bits if last == HEAD else self.bits
         if spec.in_features % group or last in UNQUANTIZED or bits > 8:
             return None
-        return RoundedLinear(spec, Form(bits, group), self.init)
+        layer = RoundedLinear(spec, Form(bits, group), self.init)
+        if last == HEAD and isinstance(self.init.op(layer.operation()), Dequant):
+            return None  # which would take longer for the head than all layers take
+        return layer
 
 
 class Int8Method(RoundingMethod):
