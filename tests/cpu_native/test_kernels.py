@@ -1,5 +1,7 @@
 """Kernels against float64 over random shapes; a row's bits alone, in a batch, and with any number of threads."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -208,3 +210,10 @@ def test_values_that_are_no_numbers_stay_so(threads):
 def test_other_dtypes_are_left_to_others():
     op_set = NativeOps(OpInit(torch.device("cpu"), 16))
     assert "not for float16" in op_set.why_not(LinearSpec(8, 8, False, torch.float16))[0]
+
+
+def test_a_function_keeps_its_threads():
+    run, x, out = Native(built(), 2).function("gated_act", torch.float32), torch.randn(3, 16), torch.empty(3, 8)
+    gc.collect()
+    run(x.data_ptr(), 16, out.data_ptr(), 3, 8, 0)
+    torch.testing.assert_close(out, torch.nn.functional.silu(x[:, :8]) * x[:, 8:])

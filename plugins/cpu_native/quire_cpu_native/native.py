@@ -98,8 +98,9 @@ class Native:
     def function(self, name: str, dtype: torch.dtype | None = None, form: str = "") -> Callable[..., Any]:
         """A kernel for a dtype, in a form if there are several; its first argument, the pool, is given already."""
         parts = ("quire", name, form, "" if dtype is None else SUFFIXES[dtype])
-        found = self._library["_".join(part for part in parts if part)]
+        found: Any = self._library["_".join(part for part in parts if part)]
         found.restype, found.argtypes = None, [TYPES[letter] for letter in SIGNATURES[name]]
+        found.owner = self  # whose end would be the pool's
         return functools.partial(found, self.pool)
 
     def __del__(self) -> None:
