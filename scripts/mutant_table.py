@@ -373,7 +373,7 @@ MUTANTS = (
         CONTINUOUS,
         "        request.num_pending_tokens -= row.samples\n",
         "",
-        OVERLAP,
+        SCHEDULING,
     ),
     Mutant(
         "overlap: blocks preempted while a step in flight uses them",
