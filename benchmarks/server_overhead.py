@@ -1,19 +1,21 @@
 """What the server adds to the engine's own time per token: streams over HTTP beside the same streams without it.
 
-    python benchmarks/server_overhead.py [--streams 64] [--tokens 64 256] [--rounds 5] [--json FILE]
+    python benchmarks/server_overhead.py [--streams 64] [--tokens 64 256] [--rounds 5] [--threads N] [--json FILE]
 
 Both ways run in turn, each over an engine in a child process (`quire serve`'s default) on the bundled model.
-The clients of the HTTP streams run in a process of their own that does no more than read, since elsewhere they have
-machines of their own; here they share the cores with server and engine, so that on few cores the ratio holds their
-work too. What counts is the ratio of medians. A request has its price too, which weighs more on short answers: so
-two lengths are measured. Beside the time that passes stands the processor time of server and engine alone, without
-the clients: it can be measured on a machine that is busy otherwise.
+The engine computes with all processors but one, in both ways: a server wants one of its own, or it cannot run beside
+the engine. The clients of the HTTP streams run in a process of their own that does no more than read, since elsewhere
+they have machines of their own; here they share the processors with server and engine, so that on few of them the
+ratio holds their work too. What counts is the ratio of medians. A request has its price too, which weighs more on short
+answers: so two lengths are measured. Beside the time that passes stands the processor time of server and engine alone,
+without the clients: it can be measured on a machine that is busy otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import statistics
 import subprocess
 import sys
@@ -134,9 +136,11 @@ def main() -> None:
         "--tokens", type=int, nargs="+", default=[64, 256], help="of each stream, one length or several"
     )
     parser.add_argument("--rounds", type=int, default=5)
+    processors = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=int, default=max(1, processors - 1), help="of the engine: %(default)s")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    llm = AsyncLLM(**OPTIONS)
+    llm = AsyncLLM(**OPTIONS, plugin_options={"cpu": {"threads": given.threads}})
     url, listener, thread = serve(llm)
     figures = {}
     for tokens in given.tokens:
