@@ -30,7 +30,7 @@ SMALL = {
     "test_kv_dtypes": "fp8_e4m3-mixed",
     "test_scales_of_8_bit_floats": "mixed",
     "test_dtypes": "torch.bfloat16 torch.float16",
-    "test_padding": "mixed",
+    "test_padding": "mixed few",
     "test_a_captured_plan_serves_other_mixes": "window sinks",
     "test_a_captured_plan_serves_later_steps": "gqa-1 window-3 sinks-3",
     "test_odd_sizes_in_every_dtype": """

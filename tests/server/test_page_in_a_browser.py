@@ -1,7 +1,10 @@
 """The page in a real headless Chromium, if QUIRE_BROWSER_TESTS=1."""
 
+import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 import threading
 
 import httpx
@@ -9,12 +12,27 @@ import pytest
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("QUIRE_BROWSER_TESTS") != "1",
-    reason="a browser is needed: apt-get install chromium chromium-driver, pip install selenium, QUIRE_BROWSER_TESTS=1",
+    reason="QUIRE_BROWSER_TESTS=1 installs Debian's Chromium and Selenium, which needs root, and runs them",
 )
 
 
+def run(*command):
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def installed():
+    """Chromium with its driver, and Selenium."""
+    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
+        run("apt-get", "update")
+        run("apt-get", "install", "--yes", "--no-install-recommends", "chromium", "chromium-driver")
+    if importlib.util.find_spec("selenium") is None:
+        run(sys.executable, "-m", "pip", "install", "--quiet", "selenium")
+        importlib.invalidate_caches()
+
+
 @pytest.fixture
-def browser():
+def browser(installed):
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()

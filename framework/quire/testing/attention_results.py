@@ -124,17 +124,19 @@ class AttentionResults(AttentionHarness):
         lens = [1] * MAX_ROWS, [16 * (row // 3) + (-1, 0, 1)[row % 3] if row else 0 for row in range(MAX_ROWS)]
         self.check(backend_class, Problem.make(make_layer("gqa"), lens, torch.float32))
 
-    @pytest.mark.parametrize("case", ["decode", "mixed"])
-    def test_padding(self, backend_class: type[AttentionBackend], case: str) -> None:
+    @pytest.mark.parametrize(
+        "lens", [CASES["decode"], CASES["mixed"], ([1, 2], [5, 17])], ids=["decode", "mixed", "few"]
+    )
+    def test_padding(self, backend_class: type[AttentionBackend], lens: tuple[Sequence[int], Sequence[int]]) -> None:
         """Padding rows and tokens change no real row, and come out finite.
 
         If it fails: a padding row has seq_len 0 and no query token: write zeros to `out` from query_start_loc[-1] on,
         and divide by no empty sum.
         """
-        for layer in ("gqa", "window", "sinks"):
+        for layer in ("mha", "gqa", "window", "sinks"):
             facts = make_layer(layer)
-            if layer == "gqa" or not backend_class.supports(facts, torch.float32, self.device, 16):
-                self.check(backend_class, Problem.make(facts, CASES[case], torch.float32, padding=(3, 5)))
+            if layer in ("mha", "gqa") or not backend_class.supports(facts, torch.float32, self.device, 16):
+                self.check(backend_class, Problem.make(facts, lens, torch.float32, padding=(3, 5)))
 
     def test_block_placement_does_not_matter(self, backend_class: type[AttentionBackend]) -> None:
         """The same problem over other blocks gives the same bits.

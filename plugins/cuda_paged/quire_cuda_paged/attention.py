@@ -148,7 +148,7 @@ class CudaPagedAttention(AttentionBackend):
     ) -> None:
         launches = plan.launches[shape_of(layer)]
         for split in launches:
-            self._launch(layer, q, kv, batch, out, split=split, is_last=split is launches[-1])
+            self._launch(layer, q, kv, batch, out, split=split, is_first=split is launches[0])
 
     def _launch(
         self,
@@ -159,9 +159,9 @@ class CudaPagedAttention(AttentionBackend):
         out: Tensor,
         *,
         split: bool,
-        is_last: bool,
+        is_first: bool,
     ) -> None:
-        """Serve the decode rows (`split`) or the others; the last launch of a step clears the padding tokens too."""
+        """Serve the decode rows (`split`) or the others; the first launch of a step clears the padding tokens too."""
         shape = shape_of(layer)
         space = self._workspaces[shape]
         launch = space.tuning.decode if split else space.tuning.prefill
@@ -183,7 +183,7 @@ class CudaPagedAttention(AttentionBackend):
             self._sinks.get(layer.layer_id, self._lse),
             self._slopes.get(layer.layer_id, self._lse),
             batch.num_reqs,
-            batch.num_tokens if is_last else 0,
+            batch.num_tokens if is_first else 0,
             layer.scale * k_scale,
             layer.logit_softcap or 0.0,
             v_scale,
