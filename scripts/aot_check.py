@@ -40,7 +40,8 @@ TENSOR_CORE = {90: "HGMMA", 100: "UTCHMMA"}
 """The instruction that multiplies matrices in the prefill shape; decode's 16 rows are too few for the newer ones."""
 OLDER_TENSOR_CORE = "HMMA"
 GATE = (3, 6)
-MAX_SPILLS = 8
+MAX_SPILLS = 32
+"""Spill instructions of a launch that are reported and let pass by a Triton that is not the gate."""
 VOCAB_SIZE = 151_936
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
