@@ -81,6 +81,9 @@ class EngineConfig(BaseModel):
     (of a GPU's, all that its margin leaves)."""
     enable_prefix_caching: bool = at("engine.kv_cache.prefix_caching", True)
     """Requests that begin alike share the KV of their beginning."""
+    quant_kernel: str | None = at("quant.kernel", None)
+    """Name of the op set that multiplies by quantized weights, as `quant_linear` in plugins.ops; null: the first that
+    serves a layer."""
     attention_backend: str = at("plugins.attention", "auto")
     """Name of an attention provider."""
     kv_allocator: str = at("plugins.kv_allocator", "auto")
@@ -97,9 +100,6 @@ class EngineConfig(BaseModel):
     """Name of an output parser; auto: by the markers in the chat template."""
     ops: Mapping[str, str] = at("plugins.ops", {})
     """Kind of operation -> name of the op set to use; `default` stands for all kinds that are not named."""
-    quant_kernel: str | None = at("quant.kernel", None)
-    """Name of the op set that multiplies by quantized weights, as `quant_linear` in plugins.ops; null: the first that
-    serves a layer."""
     logits_processors: Names = at("plugins.logits_processors", ())
     """Further logits processors, beside the built-in ones."""
     metrics_sinks: Names = at("plugins.metrics_sinks", ())
