@@ -2,13 +2,14 @@
 
     python benchmarks/server_overhead.py [--streams 64] [--tokens 64 256] [--rounds 5] [--threads N] [--json FILE]
 
-Both ways run in turn, each over an engine in a child process (`quire serve`'s default) on the bundled model.
-The engine computes with all processors but one, in both ways: a server wants one of its own, or it cannot run beside
-the engine. The clients of the HTTP streams run in a process of their own that does no more than read, since elsewhere
-they have machines of their own; here they share the processors with server and engine, so that on few of them the
-ratio holds their work too. What counts is the ratio of medians. A request has its price too, which weighs more on short
-answers: so two lengths are measured. Beside the time that passes stands the processor time of server and engine alone,
-without the clients: it can be measured on a machine that is busy otherwise.
+Both ways run in turn, each over an engine in a child process (`quire serve`'s default) on the bundled model. The
+engine computes with --threads threads in both ways; by default with all processors, as `quire serve` does. The server
+then takes turns with it; with one thread fewer it runs beside it. The clients of the HTTP streams run in a process of
+their own that does no more than read, since elsewhere they have machines of their own; here they share the processors
+with server and engine, so that on few of them the ratio holds their work too. What counts is the ratio of medians. A
+request has its price too, which weighs more on short answers: so two lengths are measured. Beside the time that
+passes stands the processor time of server and engine alone, without the clients: it can be measured on a machine that
+is busy otherwise.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     processors = len(os.sched_getaffinity(0))
-    parser.add_argument("--threads", type=int, default=max(1, processors - 1), help="of the engine: %(default)s")
+    parser.add_argument("--threads", type=int, default=processors, help="of the engine: %(default)s")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     llm = AsyncLLM(**OPTIONS, plugin_options={"cpu": {"threads": given.threads}})
