@@ -31,7 +31,8 @@ from quire.resolve import ResolvedConfig
 from quire.tokenizer import Tokenizer
 
 MAX_LOSSES = 2
-"""Children that may die while a request lives; then the request is ended, for it may be what kills them."""
+"""Children that may die while a request lives; then it may be what kills them: it is tried alone, and ended by one
+more loss."""
 
 Post = Callable[[Callable[[], None]], None]
 
@@ -53,6 +54,8 @@ class RemoteEngine:
         self._child: Child | None = None
         self._adopt(Child.start(self._begin))
         self._live: dict[str, LiveRequest] = {}
+        self._waiting: deque[LiveRequest] = deque()
+        self._suspect: LiveRequest | None = None
         self._news: list[OutputDelta] = []
         self._looks: deque[Future[EngineView]] = deque()
         self._dead: str | None = None
@@ -110,8 +113,8 @@ class RemoteEngine:
         if key in self._live:
             raise RequestError(f"request id {key!r} is in use", param="request_id")
         live = self._live[key] = LiveRequest.begin(submission)
-        if self._child is not None:
-            self._child.send(live.message())
+        self._waiting.append(live)
+        self._send_waiting()
         return live.accepted
 
     def abort(self, request_id: str) -> list[OutputDelta]:
@@ -119,10 +122,10 @@ class RemoteEngine:
         live = self._live.get(request_id)
         if live is None:
             return []
-        if self._child is not None:
-            self._child.send(Abort(request_id))
-            return []
-        return self._end(live, FinishReason.ABORT)
+        if self._child is None or live in self._waiting:
+            return self._end(live, FinishReason.ABORT)
+        self._child.send(Abort(request_id))
+        return []
 
     def has_work(self) -> bool:
         """Whether there is anything to tell."""
@@ -198,6 +201,7 @@ class RemoteEngine:
             error = RequestError(message.message, param=message.param, remedy=message.remedy)
             if live is not None and live.settle(error):
                 del self._live[message.request_id]
+                self._acquit(live)
             elif live is not None:
                 self._news += self._end(live, FinishReason.ERROR, message.message)
 
@@ -211,6 +215,7 @@ class RemoteEngine:
             live = self._live.get(delta.request_id)
             if live is not None:
                 self._news.append(live.told(delta))
+                self._acquit(live)
                 if delta.finished:
                     del self._live[delta.request_id]
 
@@ -220,16 +225,34 @@ class RemoteEngine:
             looked = self._looks.popleft()
             if looked.set_running_or_notify_cancel():
                 looked.set_exception(EngineDead("the engine's process has ended"))
-        for live in list(self._live.values()):
-            live.lose()
+        suspects = list(self._live.values()) if self._suspect is None else [self._suspect]
+        self._suspect = None
+        for live in self._live.values():
+            live.rewind()
+        for live in suspects:
+            live.num_losses += 1
             if live.num_losses > MAX_LOSSES:
                 reason = f"the engine's process ended {live.num_losses} times while this request ran"
                 self._news += self._end(live, FinishReason.ERROR, reason)
 
     def _started(self, child: Child) -> None:
         self._adopt(child)
-        for live in self._live.values():
-            child.send(live.message())
+        self._waiting = deque(sorted(self._live.values(), key=lambda live: live.num_losses < MAX_LOSSES))
+        self._send_waiting()
+
+    def _send_waiting(self) -> None:
+        """Send what waits, a suspect alone: until something is heard of it, a loss is its doing and no other's."""
+        while self._waiting and self._suspect is None and self._child is not None:
+            live = self._waiting.popleft()
+            self._child.send(live.message())
+            if live.num_losses >= MAX_LOSSES:
+                self._suspect = live
+
+    def _acquit(self, live: LiveRequest) -> None:
+        """A request has come through a step, or has ended; if others wait for that, they go on."""
+        if live is self._suspect:
+            self._suspect = None
+            self._send_waiting()
 
     def _adopt(self, child: Child) -> None:
         self._child = child
@@ -241,6 +264,9 @@ class RemoteEngine:
 
     def _end(self, live: LiveRequest, reason: FinishReason, error: str | None = None) -> list[OutputDelta]:
         del self._live[live.submission.request_id]
+        if live in self._waiting:
+            self._waiting.remove(live)
+        self._acquit(live)
         live.settle(EngineDead(error) if error is not None else None)
         return live.end(reason, error)
 

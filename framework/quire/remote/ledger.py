@@ -30,14 +30,14 @@ class LiveSequence:
     to_skip: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class LiveRequest:
     """One request that has not had its final delta.
 
     Attributes:
         submission: as it was accepted. accepted: done when the child has taken it.
         sequences: index -> sequence, of those that have not ended.
-        num_losses: children that died while it lived. num_cached_tokens: as told first.
+        num_losses: children whose end may be its doing. num_cached_tokens: as told first.
     """
 
     submission: Submission
@@ -67,9 +67,8 @@ class LiveRequest:
             return delta
         return replace(delta, prompt_logprobs=entries, num_cached_tokens=self.num_cached_tokens)
 
-    def lose(self) -> None:
-        """The child that ran it has ended."""
-        self.num_losses += 1
+    def rewind(self) -> None:
+        """The child that ran it has ended; another will tell again what was told of the prompt."""
         for sequence in self.sequences.values():
             sequence.to_skip = sequence.num_prompt_logprobs
 
