@@ -39,10 +39,17 @@ struct Problem {
     T* out;
     const int32_t* table;
     int64_t table_width, ldq;
+
+    int64_t group() const { return layer.num_heads / layer.num_kv_heads; }
 };
 
 struct Tile {
     int64_t row, token, position, queries;  // first query's place in the batch and in its request
+};
+
+// KV heads `head` to `head` + `heads` - 1 of a tile. Its rows are the first head's, then the next one's.
+struct Part {
+    int64_t tile, head, heads;
 };
 
 // Running maximum, sum of weights and weighted values of one query head; `values` [Dv].
@@ -55,15 +62,15 @@ template <class T, class Kept>
 class Work {
    public:
     // Memory for rows of queries, a chunk of keys or values, and scores.
-    Work(const Problem<T, Kept>& problem, const Tile& tile, int64_t kv_head, Scratch& scratch)
-        : p(problem), tile(tile), kv_head(kv_head), group(problem.layer.num_heads / problem.layer.num_kv_heads) {
+    Work(const Problem<T, Kept>& problem, const Tile& tile, const Part& part, Scratch& scratch)
+        : p(problem), tile(tile), head(part.head), heads(part.heads), group(problem.group()) {
         const Layer& l = p.layer;
-        rows = group * tile.queries;
+        rows_of_head = group * tile.queries, rows = rows_of_head * heads;
         size = padded(l.head_dim), v_size = padded(l.v_head_dim);
         float* memory = scratch.floats(MAX_ROWS * (size + 2 * v_size + CHUNK) + CHUNK * std::max(size, v_size));
         queries = memory, chunk = queries + MAX_ROWS * size, scores = chunk + CHUNK * std::max(size, v_size);
-        part = scores + MAX_ROWS * CHUNK, whole = part + MAX_ROWS * v_size;
-        for (int64_t r = 0; r < rows; r++) widen(query(r), queries + r * size, l.head_dim, size);
+        one = scores + MAX_ROWS * CHUNK, whole = one + MAX_ROWS * v_size;
+        for (int64_t r = 0; r < rows; r++) widen(p.q + query(r), queries + r * size, l.head_dim, size);
     }
 
     static int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
@@ -83,8 +90,10 @@ class Work {
         }
         int64_t begin = std::max(index * SPLIT, first_seen(tile.position));
         int64_t end = std::min((index + 1) * SPLIT, last() + 1);
+        // Heads take turns, as they lie side by side in the cache.
         for (int64_t at = begin / CHUNK * CHUNK; at < end; at += CHUNK)
-            one_chunk(at, std::max(begin - at, (int64_t)0), std::min(end - at, CHUNK), states);
+            for (int64_t h = 0; h < heads; h++)
+                one_chunk(h, at, std::max(begin - at, (int64_t)0), std::min(end - at, CHUNK), states + h * rows_of_head);
     }
 
     // Adds one split's states to those of the splits before it.
@@ -104,11 +113,11 @@ class Work {
         for (int64_t r = 0; r < rows; r++) {
             float total = states[r].total, factor = 1.0f;
             if (l.sinks) {
-                float sink = l.sinks[kv_head * group + r % group], top = std::max(states[r].top, sink);
+                float sink = l.sinks[query_head(r)], top = std::max(states[r].top, sink);
                 factor = exp1(states[r].top - top), total = total * factor + exp1(sink - top);
             }
             V inverse = set1(factor / total);
-            T* to = p.out + ((tile.token + r / group) * l.num_heads + kv_head * group + r % group) * l.v_head_dim;
+            T* to = p.out + (token(r) * l.num_heads + query_head(r)) * l.v_head_dim;
             for (int64_t d = 0; d < l.v_head_dim; d += W) {
                 V value = mul(load(states[r].values + d), inverse);
                 int64_t left = l.v_head_dim - d;
@@ -122,14 +131,13 @@ class Work {
         for (int64_t r = 0; r < rows; r++) states[r] = {NOTHING, 0.0f, memory + r * v_size};
     }
 
-    float *part, *whole;
+    float *one, *whole;  // memory for states of a split, and of all
     int64_t rows, size, v_size;
 
    private:
-    const T* query(int64_t r) const {
-        const Layer& l = p.layer;
-        return p.q + (tile.token + r / group) * p.ldq + (kv_head * group + r % group) * l.head_dim;
-    }
+    int64_t query_head(int64_t r) const { return (head + r / rows_of_head) * group + r % group; }
+    int64_t token(int64_t r) const { return tile.token + r % rows_of_head / group; }
+    int64_t query(int64_t r) const { return token(r) * p.ldq + query_head(r) * p.layer.head_dim; }
 
     static void widen(const T* from, float* to, int64_t count, int64_t size) {
         int64_t d = 0;
@@ -142,6 +150,14 @@ class Work {
         if (d < size) store(to + d, mul(load_some(from + d, count - d), set1(scale)));
     }
 
+    // Where a head's elements of a position lie, counted in heads.
+    int64_t place_of(int64_t h, int64_t position) const {
+        const Layer& l = p.layer;
+        const int32_t* table = p.table + tile.row * p.table_width;
+        int64_t slot = table[position / l.block_size] * l.block_size + position % l.block_size;
+        return slot * l.num_kv_heads + head + h;
+    }
+
     // A head's elements lie apart from the next position's: the processor does not guess where it goes on.
     static void fetch(const Kept* from, int64_t count) {
 #if defined(__GNUC__)
@@ -149,28 +165,27 @@ class Work {
 #endif
     }
 
-    // Rows `from` to `end` - 1 of a chunk of the cache, as floats [CHUNK][padded].
-    void read(const Cache<Kept>& cache, int64_t dim, int64_t at, int64_t from, int64_t end,
-              const Kept* next = nullptr, int64_t next_dim = 0) {
-        const Layer& l = p.layer;
-        const int32_t* table = p.table + tile.row * p.table_width;
+    // Rows `from` to `end` - 1 of a chunk of the cache, as floats [CHUNK][padded]; meanwhile what is read next is fetched.
+    void read(const Cache<Kept>& cache, int64_t dim, int64_t h, int64_t at, int64_t from, int64_t end, const Kept* next,
+              int64_t next_dim) {
         int64_t wide = padded(dim);
         for (int64_t j = from; j < end; j++) {
-            int64_t position = at + j, slot = table[position / l.block_size] * l.block_size + position % l.block_size;
-            int64_t head = slot * l.num_kv_heads + kv_head;
-            if (next) fetch(next + head * next_dim, next_dim);
+            int64_t place = place_of(h, at + j);
+            fetch(next + place * next_dim, next_dim);
             if constexpr (sizeof(Kept) == 1)
-                widen(cache.elements + head * dim, cache.scales[head], chunk + j * wide, dim, wide);
+                widen(cache.elements + place * dim, cache.scales[place], chunk + j * wide, dim, wide);
             else
-                widen(cache.elements + head * dim, chunk + j * wide, dim, wide);
+                widen(cache.elements + place * dim, chunk + j * wide, dim, wide);
         }
     }
 
-    void one_chunk(int64_t at, int64_t from, int64_t end, State* states) {
-        read(p.keys, p.layer.head_dim, at, from, end, p.values.elements, p.layer.v_head_dim);
-        by_fours([&](auto some, int64_t r) { score<some.value>(r, from, end); });
-        for (int64_t r = 0; r < rows; r++) weigh(r, at, from, end, states[r]);
-        read(p.values, p.layer.v_head_dim, at, from, end);
+    void one_chunk(int64_t h, int64_t at, int64_t from, int64_t end, State* states) {
+        const Layer& l = p.layer;
+        const float* queries_of_head = queries + h * rows_of_head * size;
+        read(p.keys, l.head_dim, h, at, from, end, p.values.elements, l.v_head_dim);
+        by_fours([&](auto some, int64_t r) { score<some.value>(queries_of_head, r, from, end); });
+        for (int64_t r = 0; r < rows_of_head; r++) weigh(r, at, from, end, states[r]);
+        read(p.values, l.v_head_dim, h, at, from, end, p.keys.elements + l.head_dim, l.head_dim);  // of the next head
         by_fours([&](auto some, int64_t r) { gather<some.value>(r, from, end, states); });
     }
 
@@ -178,34 +193,34 @@ class Work {
     template <class Rows>
     void by_fours(const Rows& work) const {
         int64_t r = 0;
-        for (; r + 4 <= rows; r += 4) work(std::integral_constant<int, 4>{}, r);
-        if (r + 2 <= rows) work(std::integral_constant<int, 2>{}, r), r += 2;
-        if (r < rows) work(std::integral_constant<int, 1>{}, r);
+        for (; r + 4 <= rows_of_head; r += 4) work(std::integral_constant<int, 4>{}, r);
+        if (r + 2 <= rows_of_head) work(std::integral_constant<int, 2>{}, r), r += 2;
+        if (r < rows_of_head) work(std::integral_constant<int, 1>{}, r);
     }
 
-    // Eight sums at a time: one would wait for its own last addition.
+    // As many sums at a time as `sums` takes: one would wait for its own last addition. What lies before `from` or behind
+    // `end` in the chunk is left over from another, and is not looked at.
     template <int R>
-    void score(int64_t r, int64_t from, int64_t end) {
-        constexpr int J = 8 / R;
-        int64_t j = from;
-        for (; j + J <= end; j += J) dots<R, J>(r, j);
-        for (; j < end; j++) dots<R, 1>(r, j);
+    void score(const float* queries, int64_t r, int64_t from, int64_t end) {
+        constexpr int J = TOGETHER / R;
+        for (int64_t j = from / J * J; j < end; j += J) dots<R, J>(queries + r * size, scores + r * CHUNK + j, j);
     }
 
-    // Scores of R rows with J positions.
+    // Scores of R rows with the J positions from j on.
     template <int R, int J>
-    void dots(int64_t r, int64_t j) {
-        V dot[R][J] = {};
+    void dots(const float* queries, float* to, int64_t j) const {
+        V dot[R * J] = {};
         for (int64_t d = 0; d < size; d += W) {
             V key[J];
             for (int c = 0; c < J; c++) key[c] = load(chunk + (j + c) * size + d);
             for (int i = 0; i < R; i++) {
-                V query = load(queries + (r + i) * size + d);
-                for (int c = 0; c < J; c++) dot[i][c] = fma(query, key[c], dot[i][c]);
+                V query = load(queries + i * size + d);
+                for (int c = 0; c < J; c++) dot[i * J + c] = fma(query, key[c], dot[i * J + c]);
             }
         }
-        for (int i = 0; i < R; i++)
-            for (int c = 0; c < J; c++) scores[(r + i) * CHUNK + j + c] = sum(dot[i][c]);
+        float all[R * J];
+        sums(dot, all);
+        for (int i = 0; i < R; i++) memcpy(to + i * CHUNK, all + i * J, J * sizeof(float));
     }
 
     // Scores of one row -> weights relative to its new maximum; what it had is scaled down.
@@ -219,50 +234,52 @@ class Work {
             if (l.softcap != 0.0f) value = mul(tanh(div(value, set1(l.softcap))), set1(l.softcap));
             store(s + j, value);
         }
-        for (int64_t j = 0; j < CHUNK; j++)
-            if (j < low || j >= high) s[j] = NOTHING;
         if (low >= high) {  // sees nothing here
             std::fill(s, s + CHUNK, 0.0f);
             return;
         }
+        std::fill(s, s + low, NOTHING), std::fill(s + high, s + CHUNK, NOTHING);
         V best = load(s);
         for (int64_t j = W; j < CHUNK; j += W) best = max(load(s + j), best);
-        float top = std::max(state.top, largest(best)), keep = state.top == NOTHING ? 0.0f : exp1(state.top - top);
+        float top = std::max(state.top, largest(best)), keep = 1.0f;
+        if (top != state.top) keep = state.top == NOTHING ? 0.0f : exp1(state.top - top);
         V total = zero();
         for (int64_t j = 0; j < CHUNK; j += W) store(s + j, exp(sub(load(s + j), set1(top))));
-        for (int64_t j = 0; j < CHUNK; j++)
-            if (j < low || j >= high) s[j] = 0.0f;
+        std::fill(s, s + low, 0.0f), std::fill(s + high, s + CHUNK, 0.0f);
         for (int64_t j = 0; j < CHUNK; j += W) total = add(total, load(s + j));
         state.total = state.total * keep + sum(total), state.top = top;
-        for (int64_t d = 0; d < v_size; d += W) store(state.values + d, mul(load(state.values + d), set1(keep)));
+        for (int64_t d = 0; keep != 1.0f && d < v_size; d += W)
+            store(state.values + d, mul(load(state.values + d), set1(keep)));
     }
 
+    // Four vectors of values at a time, as far as there are as many.
     template <int R>
     void gather(int64_t r, int64_t from, int64_t end, State* states) {
-        for (int64_t d = 0; d < v_size; d += 2 * W) {
-            bool two = d + W < v_size;
-            V sums[R][2];
+        int64_t d = 0;
+        for (; d + 4 * W <= v_size; d += 4 * W) add_values<R, 4>(r, from, end, states, d);
+        for (; d < v_size; d += W) add_values<R, 1>(r, from, end, states, d);
+    }
+
+    template <int R, int NV>
+    void add_values(int64_t r, int64_t from, int64_t end, State* states, int64_t d) {
+        V sums[R][NV];
+        for (int i = 0; i < R; i++)
+            for (int v = 0; v < NV; v++) sums[i][v] = load(states[r + i].values + d + v * W);
+        for (int64_t j = from; j < end; j++) {
+            V value[NV];
+            for (int v = 0; v < NV; v++) value[v] = load(chunk + j * v_size + d + v * W);
             for (int i = 0; i < R; i++) {
-                sums[i][0] = load(states[r + i].values + d);
-                sums[i][1] = two ? load(states[r + i].values + d + W) : zero();
-            }
-            for (int64_t j = from; j < end; j++) {
-                V first = load(chunk + j * v_size + d), second = two ? load(chunk + j * v_size + d + W) : zero();
-                for (int i = 0; i < R; i++) {
-                    V weight = set1(scores[(r + i) * CHUNK + j]);
-                    sums[i][0] = fma(weight, first, sums[i][0]), sums[i][1] = fma(weight, second, sums[i][1]);
-                }
-            }
-            for (int i = 0; i < R; i++) {
-                store(states[r + i].values + d, sums[i][0]);
-                if (two) store(states[r + i].values + d + W, sums[i][1]);
+                V weight = set1(scores[(r + i) * CHUNK + j]);
+                for (int v = 0; v < NV; v++) sums[i][v] = fma(weight, value[v], sums[i][v]);
             }
         }
+        for (int i = 0; i < R; i++)
+            for (int v = 0; v < NV; v++) store(states[r + i].values + d + v * W, sums[i][v]);
     }
 
     const Problem<T, Kept>& p;
     const Tile& tile;
-    int64_t kv_head, group;
+    int64_t head, heads, group, rows_of_head;
     float *queries, *chunk, *scores;
 };
 

@@ -9,7 +9,7 @@
 namespace quire {
 namespace {
 
-constexpr int MANY = W == 16 ? 8 : 5;  // rows of a tile: as many as the registers hold sums
+constexpr int MANY = W == 16 ? 6 : 5;  // rows of a tile: as many as the registers hold sums
 constexpr int FEW = 8;                  // rows up to which codes are unpacked in registers, and read in pieces
 constexpr int64_t SPAN = 256;  // 255 · 32767 · 256 < 2^31
 
@@ -92,18 +92,21 @@ static inline I pair_at(const int16_t* x) {
 template <int BITS>
 static inline I code_of(I word, int i) { return BITS == 4 ? field4_of16(word, 4 * i) : field8_of16(word, 8 * i); }
 
-// Two vectors of columns of a panel, their codes as numbers of 16 bits: [depth / 2][2 vectors][W][2 inputs].
+// Two vectors of columns of a panel, their codes as numbers of 16 bits: [depth / 2][2 vectors][W][2 inputs]. Where all
+// zeros are in the middle they are taken off already.
 struct Wide {
+    static constexpr bool CENTRED = true;
     const int16_t* codes;
 };
 
 template <int BITS, class Scale>
 Wide expand(const Columns<BITS, Scale>& c, int16_t* to) {
+    I middle = set1_int(c.zeros ? 0 : (int32_t)c.middle * 0x00010001);
     for (int64_t w = 0; w < c.groups * c.words; w++)
         for (int v = 0; v < 2; v++) {
             I word = load_int(c.word(0, w, v));
             for (int i = 0; i < c.WORD / 2; i++) {
-                I code = code_of<BITS>(word, i);
+                I code = sub_of16(code_of<BITS>(word, i), middle);
                 memcpy(to + ((w * c.WORD / 2 + i) * 2 + v) * 2 * W, &code, sizeof code);
             }
         }
@@ -116,18 +119,28 @@ static inline void add_words(const Columns<BITS, Scale>&, Wide wide, const int16
                              int64_t end, I sums[MB][NV]) {
     static_assert(NV == 2);
     constexpr int PAIRS = 16 / BITS;
+    I own[MB][NV];  // in registers: the compiler would write what it was given at every step
+    for (int m = 0; m < MB; m++)
+        for (int v = 0; v < NV; v++) own[m][v] = sums[m][v];
     for (int64_t k = begin * PAIRS; k < end * PAIRS; k++) {
         I first = load_int(wide.codes + 4 * k * W), second = load_int(wide.codes + (4 * k + 2) * W);
+#if defined(__GNUC__)
+#pragma GCC unroll 8
+#endif
         for (int m = 0; m < MB; m++) {
             I both = pair_at(x + m * ldx + 2 * k);
-            sums[m][0] = add_products(sums[m][0], first, both);
-            sums[m][1] = add_products(sums[m][1], second, both);
+            own[m][0] = add_products(own[m][0], first, both);
+            own[m][1] = add_products(own[m][1], second, both);
         }
     }
+    for (int m = 0; m < MB; m++)
+        for (int v = 0; v < NV; v++) sums[m][v] = own[m][v];
 }
 
 // The same from the codes themselves, for rows too few to be worth their expansion.
-struct Packed {};
+struct Packed {
+    static constexpr bool CENTRED = false;
+};
 template <int BITS, class Scale, int MB, int NV>
 static inline void add_words(const Columns<BITS, Scale>& c, Packed, const int16_t* x, int64_t ldx, int64_t begin,
                              int64_t end, I sums[MB][NV]) {
@@ -157,7 +170,8 @@ static inline void tile(const Columns<BITS, Scale>& c, Source source, const Span
                         int64_t first, int64_t last, V acc[MB][NV]) {
     const int16_t* values = x.values + row * x.depth;
     for (int64_t g = first; g < last; g++) {
-        V group[MB][NV] = {};
+        V scales[NV];
+        for (int v = 0; v < NV; v++) scales[v] = c.scale(g, v);
         for (int64_t s = 0; s < spans.count; s++) {
             I sums[MB][NV];
             for (int m = 0; m < MB; m++)
@@ -166,13 +180,22 @@ static inline void tile(const Columns<BITS, Scale>& c, Source source, const Span
             add_words<BITS, Scale, MB, NV>(c, source, values, x.depth, begin, end, sums);
             for (int m = 0; m < MB; m++) {
                 int64_t at = (row + m) * x.spans + g * spans.count + s;
-                V scale = set1(x.scales[at]), sum = set1(x.sums[at]);
-                for (int v = 0; v < NV; v++)
-                    group[m][v] = fma(sub(to_float(sums[m][v]), mul(c.zero_of(g, v), sum)), scale, group[m][v]);
+                V scale = set1(x.scales[at]);
+                if (c.zeros) {
+                    V sum = set1(x.sums[at]);
+                    for (int v = 0; v < NV; v++) {
+                        V exact = sub(to_float(sums[m][v]), mul(c.zero_of(g, v), sum));
+                        acc[m][v] = fma(mul(exact, scale), scales[v], acc[m][v]);
+                    }
+                } else {
+                    if (!Source::CENTRED) {
+                        I off = set1_int((int32_t)c.middle * (int32_t)x.sums[at]);
+                        for (int v = 0; v < NV; v++) sums[m][v] = sub_int(sums[m][v], off);
+                    }
+                    for (int v = 0; v < NV; v++) acc[m][v] = fma(mul(to_float(sums[m][v]), scale), scales[v], acc[m][v]);
+                }
             }
         }
-        for (int m = 0; m < MB; m++)
-            for (int v = 0; v < NV; v++) acc[m][v] = fma(group[m][v], c.scale(g, v), acc[m][v]);
     }
 }
 
@@ -243,7 +266,7 @@ void multiply(Pool& pool, const Codes& c, const bf16* bias, const bf16* x, int64
         Part p{c, spans, rounded, panel, row, out, bias};
         if (count <= 0) return;
         if (count <= 2) return few_rows<BITS, Scale, 2, 4, 2>(p, count);
-        if (count <= FEW) return few_rows<BITS, Scale, 4, W == 16 ? 4 : 2, FEW>(p, count);
+        if (count <= FEW) return few_rows<BITS, Scale, 4, 2, FEW>(p, count);
         many_rows<BITS, Scale>(p, count, columns, scratch);
     });
 }

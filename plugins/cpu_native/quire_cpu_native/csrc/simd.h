@@ -87,6 +87,8 @@ static inline I zero_int() { return _mm512_setzero_si512(); }
 static inline I load_int(const void* p) { return _mm512_loadu_si512(p); }
 static inline I set1_int(int32_t x) { return _mm512_set1_epi32(x); }
 static inline V to_float(I x) { return _mm512_cvtepi32_ps(x); }
+static inline I sub_int(I a, I b) { return _mm512_sub_epi32(a, b); }
+static inline I sub_of16(I a, I b) { return _mm512_sub_epi16(a, b); }
 // bits `shift` to `shift` + 3, or 7, of each 32 bits, as floats
 static inline V field4(I x, int shift) { return to_float(_mm512_and_si512(_mm512_srli_epi32(x, shift), set1_int(15))); }
 static inline V field8(I x, int shift) { return to_float(_mm512_and_si512(_mm512_srli_epi32(x, shift), set1_int(255))); }
@@ -178,6 +180,8 @@ static inline I zero_int() { return _mm256_setzero_si256(); }
 static inline I load_int(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 static inline I set1_int(int32_t x) { return _mm256_set1_epi32(x); }
 static inline V to_float(I x) { return _mm256_cvtepi32_ps(x); }
+static inline I sub_int(I a, I b) { return _mm256_sub_epi32(a, b); }
+static inline I sub_of16(I a, I b) { return _mm256_sub_epi16(a, b); }
 static inline V field4(I x, int shift) { return to_float(_mm256_and_si256(_mm256_srli_epi32(x, shift), set1_int(15))); }
 static inline V field8(I x, int shift) { return to_float(_mm256_and_si256(_mm256_srli_epi32(x, shift), set1_int(255))); }
 static inline I field4_of16(I x, int shift) { return _mm256_and_si256(_mm256_srli_epi16(x, shift), set1_int(0x000f000f)); }
@@ -262,6 +266,15 @@ static inline I set1_int(int32_t x) {
     return out;
 }
 static inline V to_float(I x) { return lanes([&](int i) { return (float)(int32_t)x.at[i]; }); }
+static inline I sub_int(I a, I b) {
+    for (int i = 0; i < W; i++) a.at[i] -= b.at[i];
+    return a;
+}
+static inline I sub_of16(I a, I b) {
+    for (int i = 0; i < W; i++)
+        a.at[i] = ((a.at[i] & 0xffff0000u) - (b.at[i] & 0xffff0000u)) | ((a.at[i] - b.at[i]) & 0xffffu);
+    return a;
+}
 static inline V field4(I x, int shift) { return lanes([&](int i) { return (float)(x.at[i] >> shift & 15); }); }
 static inline V field8(I x, int shift) { return lanes([&](int i) { return (float)(x.at[i] >> shift & 255); }); }
 static inline I field4_of16(I x, int shift) {
@@ -319,8 +332,13 @@ static inline void store_some(T* p, V x, int64_t n) {
 
 // Sums in a fixed order: lanes i and i + W/2 first.
 static inline float sum(V x) {
-#if defined(QUIRE_ISA_AVX2)
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+#if (defined(QUIRE_512) || defined(QUIRE_ISA_AVX2)) && !defined(QUIRE_SIMDE)
+#if defined(QUIRE_512)
+    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+#else
+    __m256 eight = x;
+#endif
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 #else
@@ -331,7 +349,34 @@ static inline float sum(V x) {
     return a[0];
 #endif
 }
+
+constexpr int TOGETHER = W == 16 ? 16 : 8;  // vectors that `sums` takes
+// The sums of as many vectors, each in the same order.
+static inline void sums(const V* x, float* out) {
+#if defined(QUIRE_512) && !defined(QUIRE_SIMDE)
+    V eighths[8], quarters[4], halves[2];  // of 8 lanes of two vectors, 4 of four, 2 of eight; which ones: see the last line
+    const int place[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+    for (int i = 0; i < 8; i++) {
+        V a = x[place[2 * i]], b = x[place[2 * i + 1]];
+        eighths[i] = add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    for (int i = 0; i < 4; i++) {
+        V a = eighths[2 * i], b = eighths[2 * i + 1];
+        quarters[i] = add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    for (int i = 0; i < 2; i++) {
+        V a = quarters[2 * i], b = quarters[2 * i + 1];
+        halves[i] = add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    }
+    store(out, add(_mm512_shuffle_ps(halves[0], halves[1], 0x88), _mm512_shuffle_ps(halves[0], halves[1], 0xdd)));
+#else
+    for (int i = 0; i < TOGETHER; i++) out[i] = sum(x[i]);
+#endif
+}
 static inline float largest(V x) {
+#if defined(QUIRE_512) && !defined(QUIRE_SIMDE)
+    return _mm512_reduce_max_ps(x);
+#endif
     float a[W];
     store(a, x);
     float best = a[0];
