@@ -17,6 +17,14 @@ namespace quire {
 constexpr int64_t CHUNK = 32, SPLIT = 512, MAX_ROWS = 64;
 const float NOTHING = -INFINITY;
 
+// Whether queries and keys are multiplied as they are, in pairs.
+template <class T, class Kept>
+#if defined(QUIRE_ISA_AVX512BF16)
+constexpr bool IN_PAIRS = std::is_same<T, bf16>::value && std::is_same<Kept, bf16>::value;
+#else
+constexpr bool IN_PAIRS = false;
+#endif
+
 // Fields as in `native.py`.
 struct Layer {
     int64_t num_heads, num_kv_heads, head_dim, v_head_dim, window, block_size;  // window 0: none
@@ -66,11 +74,16 @@ class Work {
         : p(problem), tile(tile), head(part.head), heads(part.heads), group(problem.group()) {
         const Layer& l = p.layer;
         rows_of_head = group * tile.queries, rows = rows_of_head * heads;
-        size = padded(l.head_dim), v_size = padded(l.v_head_dim);
+        size = padded(l.head_dim), v_size = padded(l.v_head_dim), paired = (l.head_dim + 2 * W - 1) / (2 * W) * 2 * W;
         float* memory = scratch.floats(MAX_ROWS * (size + 2 * v_size + CHUNK) + CHUNK * std::max(size, v_size));
         queries = memory, chunk = queries + MAX_ROWS * size, scores = chunk + CHUNK * std::max(size, v_size);
         one = scores + MAX_ROWS * CHUNK, whole = one + MAX_ROWS * v_size;
-        for (int64_t r = 0; r < rows; r++) widen(p.q + query(r), queries + r * size, l.head_dim, size);
+        for (int64_t r = 0; r < rows; r++) {
+            if constexpr (IN_PAIRS<T, Kept>)
+                pad(p.q + query(r), (bf16*)queries + r * paired, l.head_dim);
+            else
+                widen(p.q + query(r), queries + r * size, l.head_dim, size);
+        }
     }
 
     static int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
@@ -150,6 +163,10 @@ class Work {
         if (d < size) store(to + d, mul(load_some(from + d, count - d), set1(scale)));
     }
 
+    void pad(const bf16* from, bf16* to, int64_t count) const {
+        memcpy(to, from, count * sizeof(bf16)), memset(to + count, 0, (paired - count) * sizeof(bf16));
+    }
+
     // Where a head's elements of a position lie, counted in heads.
     int64_t place_of(int64_t h, int64_t position) const {
         const Layer& l = p.layer;
@@ -179,11 +196,31 @@ class Work {
         }
     }
 
+    // Addresses of a chunk's keys: in the cache, or of copies where they are no whole vectors. Values are fetched meanwhile.
+    void find_keys(int64_t h, int64_t at, int64_t from, int64_t end) {
+        int64_t dim = p.layer.head_dim, v_dim = p.layer.v_head_dim;
+        for (int64_t j = from; j < end; j++) {
+            int64_t place = place_of(h, at + j);
+            fetch(p.values.elements + place * v_dim, v_dim);
+            keys[j] = (const bf16*)p.keys.elements + place * dim;
+            if (dim == paired) continue;
+            bf16* copy = (bf16*)chunk + j * paired;
+            pad(keys[j], copy, dim), keys[j] = copy;
+        }
+        std::fill(keys, keys + from, keys[from]), std::fill(keys + end, keys + CHUNK, keys[from]);
+    }
+
     void one_chunk(int64_t h, int64_t at, int64_t from, int64_t end, State* states) {
         const Layer& l = p.layer;
-        const float* queries_of_head = queries + h * rows_of_head * size;
-        read(p.keys, l.head_dim, h, at, from, end, p.values.elements, l.v_head_dim);
-        by_fours([&](auto some, int64_t r) { score<some.value>(queries_of_head, r, from, end); });
+        if constexpr (IN_PAIRS<T, Kept>) {
+            find_keys(h, at, from, end);
+            const bf16* first = (const bf16*)queries + h * rows_of_head * paired;
+            by_fours([&](auto some, int64_t r) { score<some.value>(first + r * paired, r, from, end); });
+        } else {
+            const float* first = queries + h * rows_of_head * size;
+            read(p.keys, l.head_dim, h, at, from, end, p.values.elements, l.v_head_dim);
+            by_fours([&](auto some, int64_t r) { score<some.value>(first + r * size, r, from, end); });
+        }
         for (int64_t r = 0; r < rows_of_head; r++) weigh(r, at, from, end, states[r]);
         read(p.values, l.v_head_dim, h, at, from, end, p.keys.elements + l.head_dim, l.head_dim);  // of the next head
         by_fours([&](auto some, int64_t r) { gather<some.value>(r, from, end, states); });
@@ -200,10 +237,10 @@ class Work {
 
     // As many sums at a time as `sums` takes: one would wait for its own last addition. What lies before `from` or behind
     // `end` in the chunk is left over from another, and is not looked at.
-    template <int R>
-    void score(const float* queries, int64_t r, int64_t from, int64_t end) {
+    template <int R, class Query>
+    void score(const Query* queries, int64_t r, int64_t from, int64_t end) {
         constexpr int J = TOGETHER / R;
-        for (int64_t j = from / J * J; j < end; j += J) dots<R, J>(queries + r * size, scores + r * CHUNK + j, j);
+        for (int64_t j = from / J * J; j < end; j += J) dots<R, J>(queries, scores + r * CHUNK + j, j);
     }
 
     // Scores of R rows with the J positions from j on.
@@ -222,6 +259,25 @@ class Work {
         sums(dot, all);
         for (int i = 0; i < R; i++) memcpy(to + i * CHUNK, all + i * J, J * sizeof(float));
     }
+
+#if defined(QUIRE_ISA_AVX512BF16)
+    template <int R, int J>
+    void dots(const bf16* queries, float* to, int64_t j) const {
+        V dot[R * J] = {};
+        for (int64_t d = 0; d < paired; d += 2 * W) {
+            __m512bh query[R];
+            for (int i = 0; i < R; i++) memcpy(&query[i], queries + i * paired + d, sizeof query[i]);
+            for (int c = 0; c < J; c++) {
+                __m512bh key;
+                memcpy(&key, keys[j + c] + d, sizeof key);
+                for (int i = 0; i < R; i++) dot[i * J + c] = _mm512_dpbf16_ps(dot[i * J + c], query[i], key);
+            }
+        }
+        float all[R * J];
+        sums(dot, all);
+        for (int i = 0; i < R; i++) memcpy(to + i * CHUNK, all + i * J, J * sizeof(float));
+    }
+#endif
 
     // Scores of one row -> weights relative to its new maximum; what it had is scaled down.
     void weigh(int64_t r, int64_t at, int64_t from, int64_t end, State& state) {
@@ -280,7 +336,9 @@ class Work {
     const Problem<T, Kept>& p;
     const Tile& tile;
     int64_t head, heads, group, rows_of_head;
+    int64_t paired;  // elements of a query or key, padded to whole vectors of pairs
     float *queries, *chunk, *scores;
+    const bf16* keys[CHUNK];
 };
 
 }  // namespace quire

@@ -8,6 +8,7 @@ namespace quire {
 namespace {
 
 constexpr int64_t FEW = 64;  // rows up to which weights are widened in registers, and read in pieces
+constexpr int64_t FEW_IN_PAIRS = 8;  // the same where nothing is widened: up to which reading the weights is what takes time
 
 int64_t packed_inputs(int64_t inputs, bool pairs) { return pairs ? (inputs + 1) / 2 * 2 : inputs; }
 
@@ -96,11 +97,13 @@ const bf16* operand(Pool& pool, const bf16* x, int64_t& ldx, int64_t rows, int64
     ldx = inputs + 1;
     return even;
 }
-// Nothing is to be widened: all rows go the same way.
+// Nothing is to be widened. Weights are near already when the next rows have their turn: longer pieces, fewer rows.
 void many_rows(const bf16* w, const bf16* x, int64_t ldx, int64_t inputs, int64_t rows, bf16* out, int64_t ldo,
                int64_t columns, const bf16* bias, Scratch&) {
-    for (int64_t row = 0; row < rows; row += FEW)
-        few_rows(w, x + row * ldx, ldx, inputs, std::min(FEW, rows - row), out + row * ldo, ldo, columns, bias);
+    constexpr int SOME = 24;
+    for (int64_t row = 0; row < rows; row += SOME)
+        panel_in_pieces<bf16, bf16, 6, PANEL / W, SOME, 256>(w, x + row * ldx, ldx, inputs, std::min<int64_t>(SOME, rows - row),
+                                                             out + row * ldo, ldo, columns, bias);
 }
 #endif
 
@@ -120,7 +123,7 @@ void multiply(Pool& pool, const T* packed, const T* bias, const T* x, int64_t ld
         const T* w = packed + column * depth;
         const T* part = bias ? bias + column : nullptr;
         T* to = out + first * outputs + column;
-        if (count <= FEW)
+        if (count <= (sizeof(*wide) == 2 ? FEW_IN_PAIRS : FEW))
             few_rows(w, wide + first * ldx, ldx, used, count, to, outputs, outputs - column, part);
         else
             many_rows(w, wide + first * ldx, ldx, used, count, to, outputs, outputs - column, part, scratch);

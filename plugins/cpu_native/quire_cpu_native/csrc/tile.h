@@ -123,9 +123,9 @@ static inline void copy(V (*to)[NV], const V (*from)[NV]) {
         for (int v = 0; v < NV; v++) to[m][v] = from[m][v];
 }
 
-// All columns of a panel, `rows` rows in tiles of MB at most; SUMS: rows that there may be. A few inputs at a time, so
+// All columns of a panel, `rows` rows in tiles of MB at most; SUMS: rows that there may be. DEEP inputs at a time, so
 // that all columns of a piece of memory are used while it is near, and the next comes in meanwhile.
-template <class T, class Weight, int MB, int NV, int SUMS, class X>
+template <class T, class Weight, int MB, int NV, int SUMS, int DEEP = DEPTH, class X>
 static inline void panel_in_pieces(const Weight* w, const X* x, int64_t ldx, int64_t inputs, int64_t rows, T* out,
                                    int64_t ldo, int64_t columns, const T* bias) {
     constexpr int per_column = sizeof(Weight) == 2 ? 2 : 1, strips = PANEL / W / NV;
@@ -133,8 +133,8 @@ static inline void panel_in_pieces(const Weight* w, const X* x, int64_t ldx, int
     for (int s = 0; s < strips; s++)
         for (int64_t m = 0; m < rows; m++)
             for (int v = 0; v < NV; v++) sums[s][m][v] = zero();
-    for (int64_t k = 0; k < inputs; k += DEPTH) {
-        int64_t depth = inputs - k < DEPTH ? inputs - k : DEPTH;
+    for (int64_t k = 0; k < inputs; k += DEEP) {
+        int64_t depth = inputs - k < DEEP ? inputs - k : DEEP;
         for (int s = 0; s < strips; s++)
             by_tiles<MB>(rows, [&](auto few, int64_t m) {
                 V acc[few.value][NV];
