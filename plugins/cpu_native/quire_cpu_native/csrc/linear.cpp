@@ -100,10 +100,12 @@ const bf16* operand(Pool& pool, const bf16* x, int64_t& ldx, int64_t rows, int64
 // Nothing is to be widened. Weights are near already when the next rows have their turn: longer pieces, fewer rows.
 void many_rows(const bf16* w, const bf16* x, int64_t ldx, int64_t inputs, int64_t rows, bf16* out, int64_t ldo,
                int64_t columns, const bf16* bias, Scratch&) {
-    constexpr int SOME = 24;
-    for (int64_t row = 0; row < rows; row += SOME)
-        panel_in_pieces<bf16, bf16, 6, PANEL / W, SOME, 256>(w, x + row * ldx, ldx, inputs, std::min<int64_t>(SOME, rows - row),
-                                                             out + row * ldo, ldo, columns, bias);
+    constexpr int SOME = 48;
+    for (int64_t row = 0, some; row < rows; row += some) {
+        some = even_share(rows - row, SOME);
+        panel_in_pieces<bf16, bf16, 6, PANEL / W, SOME, 256>(w, x + row * ldx, ldx, inputs, some, out + row * ldo, ldo,
+                                                             columns, bias);
+    }
 }
 #endif
 

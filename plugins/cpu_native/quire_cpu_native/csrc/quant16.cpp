@@ -10,7 +10,7 @@ namespace quire {
 namespace {
 
 constexpr int MANY = W == 16 ? 6 : 5;  // rows of a tile: as many as the registers hold sums
-constexpr int FEW = 8;                  // rows up to which codes are unpacked in registers, and read in pieces
+constexpr int FEW = W == 16 ? 64 : 8;   // rows up to which codes are unpacked in registers, and read in pieces
 constexpr int64_t SPAN = 256;  // 255 · 32767 · 256 < 2^31
 
 // Which inputs of a word meet in one product: bits 0 and 16 of it, then those of the next shift.

@@ -316,15 +316,17 @@ static inline V load(const half* p) { return lanes([=](int i) { return to_float(
 
 #endif
 
-// n < W elements; the lanes behind them are zero.
+// n elements; the lanes behind them are zero.
 template <class T>
 static inline V load_some(const T* p, int64_t n) {
+    if (n >= W) return load(p);
     T padded[W] = {};
     memcpy(padded, p, n * sizeof(T));
     return load(padded);
 }
 template <class T>
 static inline void store_some(T* p, V x, int64_t n) {
+    if (n >= W) return store(p, x);
     T all[W];
     store(all, x);
     memcpy(p, all, n * sizeof(T));
