@@ -31,29 +31,38 @@ def batch_of(lengths, queries, tables):
 
 
 @pytest.mark.parametrize("window", [None, 700])
-def test_long_contexts_are_computed_in_parts_with_the_same_bits(window):
-    """One row alone is split over its positions, several are not; the table is part of a wider one."""
+@pytest.mark.parametrize(
+    ("kv_heads", "dim", "dtype"), [(1, 32, torch.float32), (4, 24, torch.float32), (4, 40, torch.bfloat16)]
+)
+def test_long_contexts_are_computed_in_parts_with_the_same_bits(window, kv_heads, dim, dtype):
+    """One row alone is split over its positions, several are not, and their heads go together; the table is part of
+    a wider one."""
     torch.manual_seed(0)
-    layer = AttentionLayer(0, 4, 1, 32, 32, 0.2, window)
-    init = AttentionInit(torch.device("cpu"), torch.float32, (layer,), BLOCK, 16, 64, 100)
-    backend, length = NativeAttention(init), 1300
+    heads, group, length = 4 * kv_heads, 4, 1300
+    layer = AttentionLayer(0, heads, kv_heads, dim, dim, 0.2, window)
+    init = AttentionInit(torch.device("cpu"), dtype, (layer,), BLOCK, 16, 64, 100)
+    backend = NativeAttention(init)
     blocks = -(-length // BLOCK)
-    kv = tuple(torch.randn(blocks + 1, BLOCK, 1, 32) for _ in range(2))
+    kv = tuple(torch.randn(blocks + 1, BLOCK, kv_heads, dim, dtype=dtype) for _ in range(2))
     order = (torch.randperm(blocks) + 1).int()
     wide = torch.zeros(12, blocks + 7, dtype=torch.int32)
     wide[:, :blocks] = order
-    q = torch.randn(36, 4, 32)
-    alone, together = torch.empty(3, 4, 32), torch.empty(36, 4, 32)
+    q = torch.randn(36, heads, dim, dtype=dtype)
+    alone, together = torch.empty(3, heads, dim, dtype=dtype), torch.empty(36, heads, dim, dtype=dtype)
     for out, rows in ((alone, 1), (together, 12)):
         batch = batch_of([length] * rows, [3] * rows, wide[:rows, :blocks])
         backend.forward(layer, q[: 3 * rows], q, q, kv, batch, backend.plan(batch), out)
     assert torch.equal(alone, together[:3])
-    keys, values = (cache[order.long()].flatten(0, 1)[:length, 0].double() for cache in kv)
+    keys, values = (cache[order.long()].flatten(0, 1)[:length].double() for cache in kv)
+    tolerance = 2e-5 if dtype is torch.float32 else 1e-2
     for index in range(3):
         position = length - 3 + index
         seen = slice(0 if window is None else position - window + 1, position + 1)
-        weights = (q[index].double() @ keys[seen].T * 0.2).softmax(-1)
-        torch.testing.assert_close(alone[index].double(), weights @ values[seen], atol=2e-5, rtol=2e-5)
+        for head in range(heads):
+            query, of_head = q[index, head].double(), head // group
+            weights = (keys[seen, of_head] @ query * 0.2).softmax(-1)
+            expected = weights @ values[seen, of_head]
+            torch.testing.assert_close(alone[index, head].double(), expected, atol=tolerance, rtol=tolerance)
 
 
 def test_limits_are_told():
