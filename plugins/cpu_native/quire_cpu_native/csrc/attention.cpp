@@ -37,8 +37,9 @@ void whole_tiles(Pool& pool, const Problem<T, Kept>& problem, const std::vector<
         Work<T, Kept> work(problem, tiles[parts[task].tile], parts[task], scratch);
         State one[MAX_ROWS], whole[MAX_ROWS];
         work.place(one, work.one), work.place(whole, work.whole);
-        std::fill(work.whole, work.whole + work.rows * work.v_size, 0.0f);
-        for (int64_t s = work.first_split(); s < work.end_split(); s++) work.split(s, one), work.merge(whole, one);
+        int64_t first = work.first_split(), end = work.end_split();
+        work.split(first, whole);  // as if merged with nothing
+        for (int64_t s = first + 1; s < end; s++) work.split(s, one), work.merge(whole, one);
         work.finish(whole);
     });
 }

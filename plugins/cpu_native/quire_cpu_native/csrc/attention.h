@@ -104,9 +104,11 @@ class Work {
         int64_t begin = std::max(index * SPLIT, first_seen(tile.position));
         int64_t end = std::min((index + 1) * SPLIT, last() + 1);
         // Heads take turns, as they lie side by side in the cache.
-        for (int64_t at = begin / CHUNK * CHUNK; at < end; at += CHUNK)
-            for (int64_t h = 0; h < heads; h++)
-                one_chunk(h, at, std::max(begin - at, (int64_t)0), std::min(end - at, CHUNK), states + h * rows_of_head);
+        for (int64_t at = begin / CHUNK * CHUNK; at < end; at += CHUNK) {
+            int64_t from = std::max(begin - at, (int64_t)0), some = std::min(end - at, CHUNK);
+            find_places(at, from, some);
+            for (int64_t h = 0; h < heads; h++) one_chunk(h, at, from, some, states + h * rows_of_head);
+        }
     }
 
     // Adds one split's states to those of the splits before it.
@@ -167,12 +169,15 @@ class Work {
         memcpy(to, from, count * sizeof(bf16)), memset(to + count, 0, (paired - count) * sizeof(bf16));
     }
 
-    // Where a head's elements of a position lie, counted in heads.
-    int64_t place_of(int64_t h, int64_t position) const {
+    // Where the first head's elements of a chunk's positions lie, counted in heads.
+    void find_places(int64_t at, int64_t from, int64_t end) {
         const Layer& l = p.layer;
         const int32_t* table = p.table + tile.row * p.table_width;
-        int64_t slot = table[position / l.block_size] * l.block_size + position % l.block_size;
-        return slot * l.num_kv_heads + head + h;
+        int64_t block = (at + from) / l.block_size, inside = (at + from) % l.block_size;
+        for (int64_t j = from; j < end; j++) {
+            places[j] = (table[block] * l.block_size + inside) * l.num_kv_heads + head;
+            if (++inside == l.block_size) inside = 0, block++;
+        }
     }
 
     // A head's elements lie apart from the next position's: the processor does not guess where it goes on.
@@ -183,11 +188,11 @@ class Work {
     }
 
     // Rows `from` to `end` - 1 of a chunk of the cache, as floats [CHUNK][padded]; meanwhile what is read next is fetched.
-    void read(const Cache<Kept>& cache, int64_t dim, int64_t h, int64_t at, int64_t from, int64_t end, const Kept* next,
+    void read(const Cache<Kept>& cache, int64_t dim, int64_t h, int64_t from, int64_t end, const Kept* next,
               int64_t next_dim) {
         int64_t wide = padded(dim);
         for (int64_t j = from; j < end; j++) {
-            int64_t place = place_of(h, at + j);
+            int64_t place = places[j] + h;
             fetch(next + place * next_dim, next_dim);
             if constexpr (sizeof(Kept) == 1)
                 widen(cache.elements + place * dim, cache.scales[place], chunk + j * wide, dim, wide);
@@ -197,10 +202,10 @@ class Work {
     }
 
     // Addresses of a chunk's keys: in the cache, or of copies where they are no whole vectors. Values are fetched meanwhile.
-    void find_keys(int64_t h, int64_t at, int64_t from, int64_t end) {
+    void find_keys(int64_t h, int64_t from, int64_t end) {
         int64_t dim = p.layer.head_dim, v_dim = p.layer.v_head_dim;
         for (int64_t j = from; j < end; j++) {
-            int64_t place = place_of(h, at + j);
+            int64_t place = places[j] + h;
             fetch(p.values.elements + place * v_dim, v_dim);
             keys[j] = (const bf16*)p.keys.elements + place * dim;
             if (dim == paired) continue;
@@ -213,17 +218,30 @@ class Work {
     void one_chunk(int64_t h, int64_t at, int64_t from, int64_t end, State* states) {
         const Layer& l = p.layer;
         if constexpr (IN_PAIRS<T, Kept>) {
-            find_keys(h, at, from, end);
+            find_keys(h, from, end);
             const bf16* first = (const bf16*)queries + h * rows_of_head * paired;
             by_fours([&](auto some, int64_t r) { score<some.value>(first + r * paired, r, from, end); });
         } else {
             const float* first = queries + h * rows_of_head * size;
-            read(p.keys, l.head_dim, h, at, from, end, p.values.elements, l.v_head_dim);
+            read(p.keys, l.head_dim, h, from, end, p.values.elements, l.v_head_dim);
             by_fours([&](auto some, int64_t r) { score<some.value>(first + r * size, r, from, end); });
         }
         for (int64_t r = 0; r < rows_of_head; r++) weigh(r, at, from, end, states[r]);
-        read(p.values, l.v_head_dim, h, at, from, end, p.keys.elements + l.head_dim, l.head_dim);  // of the next head
-        by_fours([&](auto some, int64_t r) { gather<some.value>(r, from, end, states); });
+        const Kept* next = p.keys.elements + l.head_dim;  // of the next head
+        if constexpr (sizeof(Kept) > 1) {
+            if (rows_of_head <= 4 && l.v_head_dim == v_size) {  // used too seldom to be worth a copy
+                const Kept* values[CHUNK];
+                for (int64_t j = from; j < end; j++) {
+                    fetch(next + (places[j] + h) * l.head_dim, l.head_dim);
+                    values[j] = p.values.elements + (places[j] + h) * l.v_head_dim;
+                }
+                auto value = [&](int64_t j, int64_t d) { return load(values[j] + d); };
+                return by_fours([&](auto some, int64_t r) { gather<some.value>(r, from, end, states, value); });
+            }
+        }
+        read(p.values, l.v_head_dim, h, from, end, next, l.head_dim);
+        auto value = [&](int64_t j, int64_t d) { return load(chunk + j * v_size + d); };
+        by_fours([&](auto some, int64_t r) { gather<some.value>(r, from, end, states, value); });
     }
 
     // Calls work(how many rows, the first of them): four at a time, then two, then one.
@@ -308,25 +326,25 @@ class Work {
             store(state.values + d, mul(load(state.values + d), set1(keep)));
     }
 
-    // Four vectors of values at a time, as far as there are as many.
-    template <int R>
-    void gather(int64_t r, int64_t from, int64_t end, State* states) {
+    // Four vectors of values at a time, as far as there are as many. value(j, d): a vector of position j's.
+    template <int R, class Value>
+    void gather(int64_t r, int64_t from, int64_t end, State* states, const Value& value) {
         int64_t d = 0;
-        for (; d + 4 * W <= v_size; d += 4 * W) add_values<R, 4>(r, from, end, states, d);
-        for (; d < v_size; d += W) add_values<R, 1>(r, from, end, states, d);
+        for (; d + 4 * W <= v_size; d += 4 * W) add_values<R, 4>(r, from, end, states, d, value);
+        for (; d < v_size; d += W) add_values<R, 1>(r, from, end, states, d, value);
     }
 
-    template <int R, int NV>
-    void add_values(int64_t r, int64_t from, int64_t end, State* states, int64_t d) {
+    template <int R, int NV, class Value>
+    void add_values(int64_t r, int64_t from, int64_t end, State* states, int64_t d, const Value& value) {
         V sums[R][NV];
         for (int i = 0; i < R; i++)
             for (int v = 0; v < NV; v++) sums[i][v] = load(states[r + i].values + d + v * W);
         for (int64_t j = from; j < end; j++) {
-            V value[NV];
-            for (int v = 0; v < NV; v++) value[v] = load(chunk + j * v_size + d + v * W);
+            V one[NV];
+            for (int v = 0; v < NV; v++) one[v] = value(j, d + v * W);
             for (int i = 0; i < R; i++) {
                 V weight = set1(scores[(r + i) * CHUNK + j]);
-                for (int v = 0; v < NV; v++) sums[i][v] = fma(weight, value[v], sums[i][v]);
+                for (int v = 0; v < NV; v++) sums[i][v] = fma(weight, one[v], sums[i][v]);
             }
         }
         for (int i = 0; i < R; i++)
@@ -338,6 +356,7 @@ class Work {
     int64_t head, heads, group, rows_of_head;
     int64_t paired;  // elements of a query or key, padded to whole vectors of pairs
     float *queries, *chunk, *scores;
+    int64_t places[CHUNK];
     const bf16* keys[CHUNK];
 };
 
