@@ -326,11 +326,12 @@ class Work {
             store(state.values + d, mul(load(state.values + d), set1(keep)));
     }
 
-    // Four vectors of values at a time, as far as there are as many. value(j, d): a vector of position j's.
+    // As many vectors of values at a time as find room in registers. value(j, d): a vector of position j's.
     template <int R, class Value>
     void gather(int64_t r, int64_t from, int64_t end, State* states, const Value& value) {
+        constexpr int NV = W == 16 ? 4 : 2;
         int64_t d = 0;
-        for (; d + 4 * W <= v_size; d += 4 * W) add_values<R, 4>(r, from, end, states, d, value);
+        for (; d + NV * W <= v_size; d += NV * W) add_values<R, NV>(r, from, end, states, d, value);
         for (; d < v_size; d += W) add_values<R, 1>(r, from, end, states, d, value);
     }
 
