@@ -88,6 +88,7 @@ void Pool::work(int slot) {
         if (worked) idle_since = now;
         if (now - idle_since < SPIN) {
             for (int i = 0; i < 20; i++) pause();
+            std::this_thread::yield();  // to whoever has work for this processor: one that looks for it has none
             continue;
         }
         std::unique_lock<std::mutex> hold(sleep_lock_);
