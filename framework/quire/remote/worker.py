@@ -20,6 +20,7 @@ from quire.contract.metrics import MetricsInit, MetricsSink, RequestStats, StepS
 from quire.engine.build import engine_from
 from quire.engine.engine import Engine
 from quire.errors import QuireError, RequestError
+from quire.garbage import spare_what_stays
 from quire.outputs import OutputDelta
 from quire.registry import HostOptions, build_host
 from quire.remote.channel import Channel, ChannelClosed
@@ -59,6 +60,7 @@ def main(descriptor: int) -> int:
     except QuireError as error:
         channel.send(Failed(type(error).__name__, error.message, error.remedy))
         return error.exit_code
+    spare_what_stays()
     worker.serve(engine)
     return 0
 
