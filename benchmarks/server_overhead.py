@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 from figures import show
 from quire import AsyncLLM, SamplingParams
-from quire.garbage import spare_what_stays
+from quire.commands import spare_what_stays
 
 OPTIONS: dict[str, Any] = {"max_num_seqs": 64, "num_kv_blocks": 1200, "process": True}
 

@@ -10,8 +10,16 @@ from typing import Annotated, Any, cast
 
 import typer
 from quire import AsyncLLM, ConfigError
-from quire.commands import BUNDLED, Session, engine_flags, log_information, note, open_session, start_engine
-from quire.garbage import spare_what_stays
+from quire.commands import (
+    BUNDLED,
+    Session,
+    engine_flags,
+    log_information,
+    note,
+    open_session,
+    spare_what_stays,
+    start_engine,
+)
 from quire.plugin import MetricsInit
 
 from quire_server.client.address import listening_url
