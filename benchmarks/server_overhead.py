@@ -28,6 +28,7 @@ from typing import Any
 import psutil
 from figures import show
 from quire import AsyncLLM, SamplingParams
+from quire.commands import spare_what_stays
 
 OPTIONS: dict[str, Any] = {"max_num_seqs": 64, "num_kv_blocks": 1200, "process": True}
 
@@ -100,6 +101,7 @@ def serve(llm: AsyncLLM, **settings: Any) -> tuple[str, Any, threading.Thread]:
     socket = open_socket(state.settings)
     listener = Listener(create_app(state), state)
     thread = threading.Thread(target=listener.serve_on, args=(socket,))
+    spare_what_stays()  # as `quire serve` does
     thread.start()
     return f"http://127.0.0.1:{socket.getsockname()[1]}", listener, thread
 

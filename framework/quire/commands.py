@@ -21,6 +21,7 @@ from quire.cli.flags import engine_flags
 from quire.cli.logs import log_information
 from quire.cli.session import Session, open_session
 from quire.contract.metrics import MetricsSink
+from quire.garbage import spare_what_stays
 from quire.loader.checkpoint import BUNDLED, Checkpoint, resolve_checkpoint
 from quire.remote.start import served_engine
 
@@ -38,6 +39,7 @@ __all__ = [
     "open_session",
     "print_table",
     "resolve_checkpoint",
+    "spare_what_stays",
     "start_engine",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from quire_server.encoding import Meta, RunningUsage, Wants, usage_object
@@ -21,7 +22,7 @@ from quire_server.events import (
     Whole,
 )
 from quire_server.logprobs import chat_content, prompt_logprobs
-from quire_server.sse import Template
+from quire_server.sse import Texts
 
 
 def whole_chat(meta: Meta, wants: Wants, whole: Whole) -> dict[str, Any]:
@@ -81,7 +82,8 @@ class ChatChunks:
         self._num_choices = num_choices
         self._usage = RunningUsage(wants, num_prompt_tokens)
         self._tokens: dict[int, Tokens] = {}
-        self._texts: dict[int, Template] = {}
+        self._is_plain = not wants.tokens
+        self._texts = Texts(lambda choice, text: self._chunk(choice, {"content": text}))
 
     def begin(self) -> list[dict[str, Any]]:
         """One chunk per choice that names the role."""
@@ -116,19 +118,9 @@ class ChatChunks:
             case Failure():
                 return [failure(event)]
 
-    def quick(self, event: Event) -> bytes | None:
-        """The bytes of a text that comes alone, none for tokens nobody asked for; None: `feed` makes the chunks."""
-        if self._wants.tokens:
-            return None
-        if isinstance(event, Tokens):
-            return b""
-        if not isinstance(event, Text):
-            return None
-        template = self._texts.get(event.choice)
-        if template is None:
-            choice = event.choice
-            template = self._texts[choice] = Template(lambda text: self._chunk(choice, {"content": text}))
-        return template.filled(event.text)
+    def quick(self, events: Sequence[Event]) -> bytes | None:
+        """The bytes of a text that comes alone; None: `feed` makes the chunks."""
+        return self._texts.written(events) if self._is_plain else None
 
     def _keep(self, event: Tokens) -> None:
         self._usage.count(len(event.token_ids))

@@ -10,7 +10,16 @@ from typing import Annotated, Any, cast
 
 import typer
 from quire import AsyncLLM, ConfigError
-from quire.commands import BUNDLED, Session, engine_flags, log_information, note, open_session, start_engine
+from quire.commands import (
+    BUNDLED,
+    Session,
+    engine_flags,
+    log_information,
+    note,
+    open_session,
+    spare_what_stays,
+    start_engine,
+)
 from quire.plugin import MetricsInit
 
 from quire_server.client.address import listening_url
@@ -109,7 +118,9 @@ def _serve_on(socket: Socket, session: Session, settings: ServerSettings, *, has
         note(ready_block(llm, state.names, url, has_key=has_key, seconds=time.monotonic() - started))
         if settings.host not in ("127.0.0.1", "::1", "localhost") and settings.uds is None and not has_key:
             note("warning: anybody who reaches this address may use the server; set server.api_keys_file")
-        Listener(create_app(state), state).serve_on(socket)
+        listener = Listener(create_app(state), state)
+        spare_what_stays()
+        listener.serve_on(socket)
         if llm.cause_of_death is not None:
             raise typer.Exit(ENGINE_LOST)
     finally:

@@ -17,7 +17,7 @@ from quire_server.events import (
     Usage,
 )
 from quire_server.logprobs import CompletionLogprobs, prompt_logprobs
-from quire_server.sse import Template
+from quire_server.sse import Texts
 
 
 class CompletionChunks:
@@ -49,7 +49,8 @@ class CompletionChunks:
         self._num_choices = n * num_prompts
         self._logprobs = [CompletionLogprobs(wants.logprobs or 0, token_text) for _ in range(self._num_choices)]
         self._tokens: dict[int, Tokens] = {}
-        self._texts: dict[int, Template] = {}
+        self._is_plain = not wants.tokens and not only_echo
+        self._texts = Texts(self._chunk)
 
     def feed(self, event: Event) -> list[dict[str, Any]]:
         """Chunks for one event."""
@@ -72,19 +73,9 @@ class CompletionChunks:
             case _:
                 return []
 
-    def quick(self, event: Event) -> bytes | None:
+    def quick(self, events: Sequence[Event]) -> bytes | None:
         """As for chats."""
-        if self._wants.tokens or self._only_echo:
-            return None
-        if isinstance(event, Tokens):
-            return b""
-        if not isinstance(event, Text):
-            return None
-        template = self._texts.get(event.choice)
-        if template is None:
-            choice = event.choice
-            template = self._texts[choice] = Template(lambda text: self._chunk(choice, text))
-        return template.filled(event.text)
+        return self._texts.written(events) if self._is_plain else None
 
     def _keep(self, event: Tokens) -> None:
         if self._only_echo:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from msgspec import Struct
 from quire import PositionLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(Struct, frozen=True):
     """A prompt as it was understood, told once per prompt before its first output, if it was asked for.
 
     `logprobs` has one entry per prompt token, None for the first; empty if they were not asked for.
@@ -24,8 +24,7 @@ class Prompt:
     logprobs: tuple[PositionLogprobs | None, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(Struct, frozen=True):
     """Tokens of a choice, with log probabilities if they were asked for; their text follows, perhaps later.
 
     `num_shown`: how many of them are part of the text; the token that ends an answer is not.
@@ -43,24 +42,21 @@ class Tokens:
         return Tokens(self.choice, self.token_ids + later.token_ids, logprobs, shown)
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(Struct, frozen=True):
     """Text of the answer."""
 
     choice: int
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Reasoning:
+class Reasoning(Struct, frozen=True):
     """Text of the model's reasoning."""
 
     choice: int
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class ToolStart:
+class ToolStart(Struct, frozen=True):
     """A tool call begins; `index` counts the choice's calls from 0."""
 
     choice: int
@@ -69,8 +65,7 @@ class ToolStart:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class ToolArguments:
+class ToolArguments(Struct, frozen=True):
     """A piece of a call's JSON arguments."""
 
     choice: int
@@ -78,8 +73,7 @@ class ToolArguments:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(Struct, frozen=True):
     """A choice has ended: `stop`, `length` or `tool_calls`; `stop_reason` is the stop string or token, if any."""
 
     choice: int
@@ -87,8 +81,7 @@ class Finish:
     stop_reason: int | str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(Struct, frozen=True):
     """Tokens of the whole request."""
 
     prompt_tokens: int = 0
@@ -97,8 +90,7 @@ class Usage:
     reasoning_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(Struct, frozen=True):
     """Nothing more will come."""
 
     message: str
@@ -135,7 +127,7 @@ class Whole:
 
     choices: list[Choice]
     prompts: dict[int, Prompt] = field(default_factory=dict)
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     failure: Failure | None = None
 
     def add(self, event: Event) -> None:

@@ -12,7 +12,7 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from quire_server.events import Event, Usage
+from quire_server.events import Event, Text, Tokens, Usage
 
 Write = Callable[[bytes], None]
 
@@ -28,15 +28,31 @@ def event(data: object, name: str | None = None) -> bytes:
     return head + b"data: " + orjson.dumps(data) + b"\n\n"
 
 
-class Template:
-    """Events that differ in one text only: everything else is encoded once. `chunk` makes one of a text."""
+class Texts:
+    """The short way of what nearly every step brings, a token and its text: all but the text is encoded once.
 
-    def __init__(self, chunk: Callable[[str], dict[str, Any]]) -> None:
-        self._head, self._tail = event(chunk(_PLACE)).split(orjson.dumps(_PLACE))
+    Args:
+        chunk: a choice's chunk for a text.
+    """
 
-    def filled(self, text: str) -> bytes:
-        """The event with this text."""
-        return self._head + orjson.dumps(text) + self._tail
+    def __init__(self, chunk: Callable[[int, str], dict[str, Any]]) -> None:
+        self._chunk = chunk
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
+
+    def written(self, events: Sequence[Event]) -> bytes | None:
+        """The bytes of one text, with tokens before it that nobody asked for; None: the events are something else."""
+        if len(events) != 2 or type(events[1]) is not Text or type(events[0]) is not Tokens:
+            return None
+        text = events[1]
+        frame = self._frames.get(text.choice)
+        if frame is None:
+            frame = self._frames[text.choice] = self._frame(text.choice)
+        return frame[0] + orjson.dumps(text.text) + frame[1]
+
+    def _frame(self, choice: int) -> tuple[bytes, bytes]:
+        """What stands before and behind the text."""
+        head, tail = event(self._chunk(choice, _PLACE)).split(orjson.dumps(_PLACE))
+        return head, tail
 
 
 _PLACE = "\x00the text\x00"
@@ -50,24 +66,22 @@ class Encoder:
     Attributes:
         begin: chunks before the first event. feed: chunks of an event. end: bytes after the last, unless it failed.
         name: the SSE event's name for a chunk; None: it has none.
-        quick: the bytes of an event's chunks, if there is a shorter way to them than `feed`.
+        quick: the bytes of events that came together, if there is a shorter way to them than `feed`.
     """
 
     begin: Callable[[], list[dict[str, Any]]]
     feed: Callable[[Event], list[dict[str, Any]]]
     end: bytes = b""
     name: Callable[[dict[str, Any]], str] | None = None
-    quick: Callable[[Event], bytes | None] = lambda event: None
+    quick: Callable[[Sequence[Event]], bytes | None] = lambda events: None
 
     def joined(self, events: Sequence[Event]) -> bytes:
         """Events that came together, as one piece. `Usage` is what ends all that did not fail."""
-        piece = b"".join([self.written(event) for event in events])
+        found = self.quick(events)
+        if found is not None:
+            return found
+        piece = b"".join([self.encoded(self.feed(event)) for event in events])
         return piece + self.end if events and isinstance(events[-1], Usage) else piece
-
-    def written(self, event: Event) -> bytes:
-        """An event's chunks as bytes."""
-        found = self.quick(event)
-        return self.encoded(self.feed(event)) if found is None else found
 
     def encoded(self, chunks: list[dict[str, Any]]) -> bytes:
         """The chunks as bytes."""
@@ -114,9 +128,9 @@ class EventStream(Response):
             pipe = Pipe(scope["state"]["send_body"], self._limits)
             pipe.write(self._head)
             sender = asyncio.create_task(pipe.run())
-            producer = asyncio.create_task(self._produce(pipe.write))
+            producer = asyncio.create_task(self._fill(pipe))
             # One that failed must not look as if it had come to its end.
-            producer.add_done_callback(lambda ended: sender.cancel() if _failed(ended) else pipe.close())
+            producer.add_done_callback(lambda ended: sender.cancel() if _failed(ended) else None)
             tasks = [sender, asyncio.create_task(_gone(receive)), producer]
             try:
                 await asyncio.wait(tasks[:2], return_when=asyncio.FIRST_COMPLETED)
@@ -127,6 +141,10 @@ class EventStream(Response):
             for result in results:
                 if isinstance(result, Exception):
                     raise result
+
+    async def _fill(self, pipe: Pipe) -> None:
+        await self._produce(pipe.write)
+        pipe.close()
 
 
 class Pipe:
@@ -165,15 +183,14 @@ class Pipe:
         assert task is not None
         self._watch_clock(task)
         try:
-            while self._pieces or not self._is_closed:
-                if self._pieces:
-                    body = b"".join(self._pieces)
-                    self._pieces.clear()
-                    await self._write_out(body, more=True)
-                else:
+            is_open = True
+            while is_open:
+                if not self._pieces and not self._is_closed:
                     self._waits = self._loop.create_future()
                     await self._waits
-            await self._write_out(b"", more=False)
+                body, is_open = b"".join(self._pieces), not self._is_closed
+                self._pieces.clear()
+                await self._write_out(body, more=is_open)
         finally:
             self._timer.cancel()
 

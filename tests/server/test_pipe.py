@@ -15,10 +15,12 @@ class Reader:
         self.ready = asyncio.Event()
         self.ready.set()
         self.read = []
+        self.is_open = True
 
     async def send(self, message):
         await self.ready.wait()
         self.read.append(message.get("body"))
+        self.is_open = message.get("more_body", True)
 
 
 def test_what_waits_goes_out_together(instantly):
@@ -37,9 +39,10 @@ def test_what_waits_goes_out_together(instantly):
         pipe.write(b"e")
         pipe.close()
         await task
+        assert not reader.is_open
         return reader.read
 
-    assert instantly(scenario()) == [b"a", b"b", b"cd", b"e", b""]
+    assert instantly(scenario()) == [b"a", b"b", b"cd", b"e"]
 
 
 def test_comments_fill_silence_alone(instantly):
@@ -124,3 +127,4 @@ def test_a_producer_that_fails_leaves_the_stream_open_ended(instantly):
     with pytest.raises(ValueError, match="an encoder"):
         instantly(scenario())
     assert reader.read == [None, b"x"]
+    assert reader.is_open

@@ -78,10 +78,14 @@ def generations(draw, parsed=True):
     return job, deltas
 
 
-def events_of(job, deltas):
+def told_of(job, deltas):
+    """Events as they come, those of one delta together."""
     tally = _Tally(job)
-    found = [event for delta in deltas for event in tally.take(0, delta)]
-    return [*found, tally.usage()]
+    return [*[tally.take(0, delta) for delta in deltas], [tally.usage()]]
+
+
+def events_of(job, deltas):
+    return [event for events in told_of(job, deltas) for event in events]
 
 
 @pytest.fixture(autouse=True)
@@ -205,8 +209,8 @@ def test_the_short_way_writes_the_same_bytes(chat, completion, told, only_echo):
         job = make()
         quick, slow = encoder(job), encoder(job)
         quick, slow = Encoder(list, quick.feed, quick=quick.quick), Encoder(list, slow.feed)
-        for event in events_of(job, deltas):
-            assert quick.written(event) == slow.written(event)
+        for events in told_of(job, deltas):
+            assert quick.joined(events) == slow.joined(events)
 
 
 def single(generation):

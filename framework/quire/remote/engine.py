@@ -194,8 +194,9 @@ class RemoteEngine:
             if looked.set_running_or_notify_cancel():
                 looked.set_result(message.view)
         elif isinstance(message, Accepted):
-            if message.request_id in self._live:
-                self._live[message.request_id].settle()
+            for request_id in message.request_ids:
+                if request_id in self._live:
+                    self._live[request_id].settle()
         elif isinstance(message, Refused):
             live = self._live.get(message.request_id)
             error = RequestError(message.message, param=message.param, remedy=message.remedy)

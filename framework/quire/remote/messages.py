@@ -125,9 +125,9 @@ class Failed(Message):
 
 
 class Accepted(Message):
-    """The request will run."""
+    """The requests will run; told of all that came together, for each message wakes two threads."""
 
-    request_id: str
+    request_ids: list[str]
 
 
 class Refused(Message):

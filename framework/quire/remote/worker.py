@@ -20,6 +20,7 @@ from quire.contract.metrics import MetricsInit, MetricsSink, RequestStats, StepS
 from quire.engine.build import engine_from
 from quire.engine.engine import Engine
 from quire.errors import QuireError, RequestError
+from quire.garbage import spare_what_stays
 from quire.outputs import OutputDelta
 from quire.registry import HostOptions, build_host
 from quire.remote.channel import Channel, ChannelClosed
@@ -59,6 +60,7 @@ def main(descriptor: int) -> int:
     except QuireError as error:
         channel.send(Failed(type(error).__name__, error.message, error.remedy))
         return error.exit_code
+    spare_what_stays()
     worker.serve(engine)
     return 0
 
@@ -79,6 +81,7 @@ class Worker:
         self._inbox: queue.SimpleQueue[ToChild] = queue.SimpleQueue()
         self._step_began: float | None = None
         self._told_to_stop = False
+        self._accepted: list[str] = []
         for name, work in (("listen", self._listen), ("beat", self._beat)):
             threading.Thread(target=work, name=f"quire-{name}", daemon=True).start()
 
@@ -105,6 +108,9 @@ class Worker:
         while wait or not self._inbox.empty():
             deltas += self._handle(engine, self._inbox.get())
             wait = False
+        if self._accepted:
+            self._channel.send(Accepted(self._accepted))
+            self._accepted = []
         return deltas
 
     def _handle(self, engine: Engine, message: ToChild) -> list[OutputDelta]:
@@ -126,7 +132,7 @@ class Worker:
         except RequestError as error:
             self._channel.send(Refused(message.request_id, error.message, error.param, error.remedy))
         else:
-            self._channel.send(Accepted(message.request_id))
+            self._accepted.append(message.request_id)
 
     def _listen(self) -> None:
         try:

@@ -9,6 +9,9 @@ namespace {
 // How long a thread looks for work before it sleeps: longer than the interpreter needs from one call to the next, also
 // where what a kernel has read pushed it out of the caches.
 constexpr auto SPIN = std::chrono::microseconds(400);
+// How long it keeps its processor meanwhile. Within a step the next kernel comes sooner; between two steps others, such
+// as the server that hands out the tokens, have work for it.
+constexpr auto KEEP = std::chrono::microseconds(50);
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -88,6 +91,7 @@ void Pool::work(int slot) {
         if (worked) idle_since = now;
         if (now - idle_since < SPIN) {
             for (int i = 0; i < 20; i++) pause();
+            if (now - idle_since > KEEP) std::this_thread::yield();
             continue;
         }
         std::unique_lock<std::mutex> hold(sleep_lock_);
