@@ -26,6 +26,7 @@ from quire.contract.attention import (
 )
 from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, HostCopy, MemoryInfo
 from quire.contract.executor import Executor, ExecutorInit, KVBudget
+from quire.contract.host_device import HostDevice, HostDeviceOptions
 from quire.contract.kv import NULL_BLOCK, Allocation, BlockCopy, KVAllocator, KVInit, KVStats, PrefixHit, PrefixQuery
 from quire.contract.metrics import MetricsInit, MetricsSink, RequestStats, StepStats
 from quire.contract.model import CausalLM, LayerFactory, ModelInit, ModelSpec, StepContext
@@ -125,6 +126,8 @@ __all__ = [
     "GraphSupport",
     "HeadNorm",
     "HostCopy",
+    "HostDevice",
+    "HostDeviceOptions",
     "HostInfo",
     "KVAllocator",
     "KVBudget",

@@ -222,6 +222,29 @@ class StaleGraphs(CpuDevice):
         return StaleRunner()
 
 
+class LateRunner(GraphRunner):
+    """Runs two steps of a key, and gives the second one's result from then on."""
+
+    lazy = True
+
+    def __init__(self):
+        self.results = {}
+
+    def keys(self):
+        return (GraphKey(1, 1, 1), GraphKey(1, 2, 2))
+
+    def run(self, key, work):
+        results = self.results.setdefault(key, [])
+        if key is None or len(results) < 2:
+            results.append(work())
+        return results[-1]
+
+
+class LateGraphs(CpuDevice):
+    def graph_runner(self):
+        return LateRunner()
+
+
 assert issubclass(StaleGraphs, Device)
 
 FAULTS = (
@@ -247,4 +270,5 @@ FAULTS = (
     Fault("host buffers not zeroed", "device", DirtyBuffers),
     Fault("a dtype that it cannot compute", "device", ClaimsIntegers),
     Fault("every graph key replays the first", "device", StaleGraphs),
+    Fault("a lazy graph replays old results", "device", LateGraphs),
 )

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from kit_faults.layers import Wrong, forgets_residual
+from quire.contract import host_device
 from quire.contract import ops as contract_ops
 from quire.plugin import DeviceInit, LinearSpec, OpSpec, mixture, torch_linear
 from quire.testing.device import DeviceConformance
 from quire.testing.op import OpConformance
-from quire_cpu_ref import device as device_module
 from quire_cpu_ref.device import CpuDevice, CpuOptions
 from quire_cpu_ref.linear import PackedLinear, packs_well
 from quire_cpu_ref.ops import TorchOps
@@ -87,7 +87,7 @@ def test_a_container_limit_is_respected(tmp_path, monkeypatch):
     limit, use = tmp_path / "max", tmp_path / "current"
     limit.write_text(str(2**30))
     use.write_text(str(2**29))
-    monkeypatch.setattr(device_module, "CGROUP_LIMITS", ((limit, use),))
+    monkeypatch.setattr(host_device, "CGROUP_LIMITS", ((limit, use),))
     memory = CpuDevice(DeviceInit()).memory()
     assert (memory.total, memory.free) == (2**30, 2**29)
     limit.write_text("max\n")

@@ -101,7 +101,7 @@ def test_what_does_not_fit(monkeypatch):
     stored = outline(None).num_bytes
 
     def memory(free):
-        monkeypatch.setattr("quire_cpu_ref.device.CpuDevice.memory", lambda self: MemoryInfo(free * 2, free))
+        monkeypatch.setattr("quire.contract.host_device.HostDevice.memory", lambda self: MemoryInfo(free * 2, free))
         return {row["form"]: row for row in plan("--max-model-len", 100, "--block-size", 10)["weights"]}
 
     rows = memory(stored)

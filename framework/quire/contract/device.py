@@ -51,6 +51,12 @@ class DeviceInit:
 class GraphRunner(ABC):
     """Runs a step's device work, eagerly or by replaying what was captured for its key."""
 
+    lazy: ClassVar[bool] = False
+    """True if `run` captures a key's work when it first comes, and `capture` but forgets what was captured before.
+
+    `run` may then both run the work and replay it.
+    """
+
     @abstractmethod
     def keys(self) -> Sequence[GraphKey]:
         """Sizes worth padding to; empty: every step runs eagerly at its exact size."""
@@ -66,7 +72,8 @@ class GraphRunner(ABC):
     def capture(self, key: GraphKey, work: Callable[[], Any]) -> None:
         """Prepare `run` for this key, before anything is served: largest keys first. Raises if it cannot be done.
 
-        `work` may be run any number of times; it computes on padding. The default prepares nothing.
+        `work` may be run any number of times; it computes on padding. What was captured for the key before is of no
+        use any more. The default prepares nothing.
         """
 
 
@@ -86,6 +93,8 @@ class Device(ABC):
 
     Work is handed to a device in order. A device that says `runs_async` returns from a call before its work
     has ended; `copy_to_host` and `synchronize` are then the only ways to learn that it has.
+
+    One that computes where the host does derives from `HostDevice`, which answers for all of this.
     """
 
     runs_async: ClassVar[bool] = False

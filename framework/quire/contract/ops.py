@@ -283,7 +283,9 @@ class OpSet(ABC):
     def graph_support(self, spec: OpSpec) -> GraphSupport:
         """Which batches the implementation of this spec can serve inside a captured graph.
 
-        There it may not ask the device for a value, nor choose shapes by values. The default says never.
+        There it may not ask the device for a value, nor choose shapes by values. On a CPU, where what is captured
+        are operations of torch, it may not compute by other means, unless the device knows them. The default says
+        never.
         """
         return GraphSupport.NEVER
 

@@ -24,6 +24,7 @@ class ForwardPass:
     Attributes:
         kv: the caches to use, indexed by layer id.
         dispatcher: chooses the size that a step is padded to.
+        captures_later: the device captures a size when it first comes.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class ForwardPass:
     ) -> None:
         self._model, self._backend, self._graphs = model, backend, graphs
         self.dispatcher = GraphDispatcher(graphs.keys(), support, sizes.max_num_seqs, sizes.max_num_batched_tokens)
+        self.captures_later = graphs.lazy
         self.kv: tuple[KVCaches, ...] = ()
 
     def pick(self, rows: Sequence[ScheduledRow]) -> GraphKey | None:

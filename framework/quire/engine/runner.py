@@ -50,8 +50,9 @@ class Runner:
     def __init__(self, parts: RunnerParts) -> None:
         self._parts = parts
         graphs = parts.device.graph_runner()
-        self._preparer = StepPreparer(parts.device, parts.sizes, parts.pipeline, fixed=bool(graphs.keys()))
         self._forward = ForwardPass(parts.model, parts.backend, graphs, parts.graph_support, parts.sizes)
+        fixed = bool(self._forward.dispatcher.keys)
+        self._preparer = StepPreparer(parts.device, parts.sizes, parts.pipeline, fixed=fixed)
         self._rows = self._preparer.table
         self._flying: list[Launched] = []
 
@@ -59,6 +60,11 @@ class Runner:
     def dispatcher(self) -> GraphDispatcher:
         """Chooses the size that a step is padded to."""
         return self._forward.dispatcher
+
+    @property
+    def captures_later(self) -> bool:
+        """Whether the device captures a step's size when it first comes, and not before."""
+        return self._forward.captures_later
 
     def attach(self, kv: tuple[KVCaches, ...]) -> None:
         """Use these caches from now on, indexed by layer id."""
@@ -196,7 +202,8 @@ class Runner:
         if not sampling.slots:
             return None
         parts = self._parts
-        logits = parts.model.logits(hidden.index_select(0, inputs.sample_rows))
+        every_token_samples = len(sampling.slots) == len(hidden)  # as in most decode steps
+        logits = parts.model.logits(hidden if every_token_samples else hidden.index_select(0, inputs.sample_rows))
         result = parts.pipeline.run(logits, sampling.slots, sampling.lengths, self._rows.token_ids, sampling.batch)
         self._rows.store(sampling.places, result.token_ids)
         return result

@@ -22,9 +22,18 @@ def peak_bytes(runner: Runner, device: Device, largest: GraphKey) -> int:
 
 
 def capture_graphs(runner: Runner, device: Device) -> None:
-    """Capture every size in use, the largest first. A failure is told once; the sizes that are left run eagerly."""
+    """Capture every size in use, the largest first. A failure is told once; the sizes that are left run eagerly.
+
+    A device that captures later forgets what it has: the caches are new.
+    """
     keys = runner.dispatcher.keys
     if not keys:
+        return
+    if runner.captures_later:
+        for key in keys:
+            runner.capture(key)
+        sizes = keys[-1].num_tokens, keys[0].num_tokens
+        logger.info("steps of %d to %d tokens are recorded when they first come", *sizes)
         return
     since, free = time.monotonic(), device.memory().free
     logger.info("capturing %d graphs, for %d to %d tokens", len(keys), keys[-1].num_tokens, keys[0].num_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,16 +28,33 @@ class StoredRows:
 
     def __call__(self, ids: Tensor) -> Tensor:
         """int64 [T] on the host -> [T, columns] in the stored dtype. Raises EngineError if the file has changed."""
-        columns = self._stored.shape[1]
-        rows = torch.empty(ids.shape[0], columns, dtype=self._stored.dtype)
-        if rows.numel() == 0:
-            return rows
-        buffer = rows.view(torch.uint8).numpy()
-        size = buffer.shape[1]
-        for row, index in zip(buffer, ids.tolist(), strict=True):
-            if os.preadv(self._file, [row], self._stored.offset + index * size) != size:
-                raise EngineError(f"{self._stored.path} has been cut short while its model was running")
+        stored = self._stored
+        rows: Tensor = torch.ops.quire.stored_rows(
+            ids, self._file, stored.offset, stored.shape[1], stored.dtype, str(stored.path)
+        )
         return rows
+
+
+def read_rows(ids: Tensor, file: int, offset: int, columns: int, dtype: torch.dtype, path: str) -> Tensor:
+    """`StoredRows` of an open file."""
+    rows = torch.empty(ids.shape[0], columns, dtype=dtype)
+    if rows.numel() == 0:
+        return rows
+    buffer = rows.view(torch.uint8).numpy()
+    size = buffer.shape[1]
+    for row, index in zip(buffer, ids.tolist(), strict=True):
+        if os.preadv(file, [row], offset + index * size) != size:
+            raise EngineError(f"{path} has been cut short while its model was running")
+    return rows
+
+
+OPERATIONS: Any = torch.library.Library("quire", "FRAGMENT")  # type: ignore[no-untyped-call]
+"""Makes an operation of torch of it, which devices that record steps can run again.
+
+By hand, for `torch.library.custom_op` imports torch's compiler at the first call, which takes seconds.
+"""
+OPERATIONS.define("stored_rows(Tensor ids, int file, int offset, int columns, ScalarType dtype, str path) -> Tensor")
+OPERATIONS.impl("stored_rows", read_rows, "CPU")
 
 
 def can_read_rows(stored: StoredTensor) -> bool:
