@@ -46,7 +46,7 @@ struct Sampling {
                                          const int64_t*, T*, Kept*, Kept*, float*, float*, int64_t);                  \
     extern "C" void quire_attention_##NAME(Pool*, const void*, const T*, int64_t, const Kept*, const Kept*,           \
                                            const float*, const float*, T*, const int32_t*, int64_t, const int32_t*,   \
-                                           const int32_t*, int64_t);                                                  \
+                                           const int32_t*, int64_t, int64_t);                                         \
     static constexpr auto prepare(T*, Kept*) { return quire_prepare_##NAME; }                                         \
     static constexpr auto attention(T*, Kept*) { return quire_attention_##NAME; }
 
@@ -179,7 +179,7 @@ void heads(Pool* pool, bool scaled, int64_t window, float softcap, bool with_sin
         Layer layer{num_heads, num_kv_heads, size, size, window, block, 0.125f, softcap, with_sinks ? sinks.data() : nullptr};
         attention((T*)nullptr, (Kept*)nullptr)(pool, &layer, turned.data(), (num_heads + num_kv_heads) * size, keys.data(), values.data(),
                                                k_factors, v_factors, out.data(), table.data(), width, starts.data(),
-                                               lengths.data(), 3);
+                                               lengths.data(), 3, tokens);
         write(out);
     }
 }

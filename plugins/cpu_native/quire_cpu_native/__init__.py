@@ -14,9 +14,20 @@ LEAST_PRIORITY = -100
 
 @hookimpl
 def quire_providers() -> Iterable[Provider]:
-    """Attention, operations, sampler."""
+    """Device, attention, operations, sampler."""
     cpu, probe = frozenset({"cpu"}), "quire_cpu_native.build:missing"
     return (
+        Provider(
+            "device",
+            "cpu_native",
+            "quire_cpu_native.device:NativeDevice",
+            api=1,
+            priority=PRIORITY,
+            devices=cpu,
+            probe=probe,
+            options="quire_cpu_native.device:NativeDeviceOptions",
+            summary="the CPU; decode steps of few rows are recorded",
+        ),
         Provider(
             "attention",
             "cpu_native",

@@ -16,6 +16,7 @@ from quire.plugin import (
     AttentionCaps,
     AttentionInit,
     AttentionLayer,
+    GraphSupport,
     HeadNorm,
     KVCaches,
     QKVStep,
@@ -31,7 +32,7 @@ MAX_HEAD_DIM = 1024
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Addresses of the step's tables, which are held here too, and how many of its tokens are real."""
+    """Addresses of the step's tables, which are held here too. All else is read there, and nothing on the host."""
 
     tables: tuple[Tensor, ...]
     table: int
@@ -39,7 +40,6 @@ class StepPlan:
     starts: int
     lengths: int
     num_reqs: int
-    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,8 @@ class NativeAttention(AttentionBackend):
         dtypes=frozenset(SUFFIXES),
         kv_dtypes=frozenset({"auto", "int8"}),
         features=frozenset({"causal", "sliding_window", "logit_softcap", "sinks", "v_head_dim"}),
+        graph=GraphSupport.ANY,
         deterministic=True,
-        needs_exact_host_lens=True,
     )
 
     def __init__(self, init: AttentionInit) -> None:
@@ -160,7 +160,7 @@ class NativeAttention(AttentionBackend):
 
     def plan(self, batch: AttentionBatch) -> StepPlan:
         table = row_major(batch.block_table)  # often some columns of a wider one
-        starts, lengths = batch.query_start_loc_host.contiguous(), batch.seq_lens_host.contiguous()
+        starts, lengths = batch.query_start_loc.contiguous(), batch.seq_lens.contiguous()
         return StepPlan(
             tables=(table, starts, lengths),
             table=table.data_ptr(),
@@ -168,7 +168,6 @@ class NativeAttention(AttentionBackend):
             starts=starts.data_ptr(),
             lengths=lengths.data_ptr(),
             num_reqs=batch.num_reqs,
-            num_tokens=int(starts[-1]),
         )
 
     def forward(
@@ -198,9 +197,8 @@ class NativeAttention(AttentionBackend):
             plan.starts,
             plan.lengths,
             plan.num_reqs,
+            out.shape[0],
         )
-        if plan.num_tokens < out.shape[0]:
-            into[plan.num_tokens :].zero_()  # padding tokens must stay finite
         if not whole:
             out.copy_(into)
 

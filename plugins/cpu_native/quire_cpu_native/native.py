@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +28,7 @@ SIGNATURES: Mapping[str, str] = MappingProxyType(
         "rms_norm": "pppppiiff",
         "gated_act": "ppipiii",
         "prepare": "pppippppppppi",
-        "attention": "pppippppppippi",
+        "attention": "pppippppppippii",
         "codes_pack": "pppp",
         "codes_weight": "ppp",
         "codes_linear": "ppppipi",
@@ -79,11 +81,52 @@ class SamplingFields(ctypes.Structure):
     )
 
 
+class CallFields(ctypes.Structure):
+    """`Call` of recorded.cpp."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("kernel", "pool", "words"))
+
+
+class Kernel:
+    """A compiled kernel, whose first argument, the pool, is given already.
+
+    Attributes:
+        library: where it is from, whose end would be the pool's.
+        recorded: address of its sibling that takes the same arguments as words.
+    """
+
+    __slots__ = ("_letters", "_run", "library", "recorded")
+
+    def __init__(self, library: Native, found: Any, recorded: Any, letters: str) -> None:
+        found.restype, found.argtypes = None, [TYPES[letter] for letter in letters]
+        self.library = library
+        self.recorded: int = ctypes.cast(recorded, ctypes.c_void_p).value or 0
+        self._run = functools.partial(found, library.pool)
+        self._letters = letters[1:]
+
+    def __call__(self, *arguments: Any) -> None:
+        self._run(*arguments)
+        listener = LISTENER.get()
+        if listener is not None:
+            listener(self, arguments)
+
+    def words(self, arguments: tuple[Any, ...]) -> list[int]:
+        """Arguments in the form that `recorded` takes."""
+        return [_word(letter, value) for letter, value in zip(self._letters, arguments, strict=True)]
+
+
+LISTENER: ContextVar[Callable[[Kernel, tuple[Any, ...]], None] | None] = ContextVar("LISTENER", default=None)
+"""Who is told of each call of a kernel in this thread, behind it."""
+
+
 class Native:
     """A loaded object with a pool of threads.
 
     Args:
         path: the shared object. threads: that compute, the caller's among them.
+
+    Attributes:
+        pool: address of the pool.
     """
 
     def __init__(self, path: Path, threads: int) -> None:
@@ -91,22 +134,33 @@ class Native:
         self._library.quire_pool_new.restype = ctypes.c_void_p
         self._library.quire_pool_new.argtypes = (ctypes.c_int64,)
         self._library.quire_pool_delete.argtypes = (ctypes.c_void_p,)
+        self._library.quire_replay.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+        self._library.quire_replay.restype = None
         self.pool = self._library.quire_pool_new(threads)
         if self.pool is None:
             raise RuntimeError(f"the system refuses to start {threads - 1} more threads")
 
     def function(self, name: str, dtype: torch.dtype | None = None, form: str = "") -> Callable[..., Any]:
-        """A kernel for a dtype, in a form if there are several; its first argument, the pool, is given already."""
+        """A kernel for a dtype, in a form if there are several."""
         parts = ("quire", name, form, "" if dtype is None else SUFFIXES[dtype])
-        found: Any = self._library["_".join(part for part in parts if part)]
-        found.restype, found.argtypes = None, [TYPES[letter] for letter in SIGNATURES[name]]
-        found.owner = self  # whose end would be the pool's
-        return functools.partial(found, self.pool)
+        symbol = "_".join(part for part in parts if part)
+        return Kernel(self, self._library[symbol], self._library[f"{symbol}_recorded"], SIGNATURES[name])
+
+    def replay(self, calls: int, count: int) -> None:
+        """Run so many calls, whose `CallFields` stand one behind the other from this address on."""
+        self._library.quire_replay(calls, count)
 
     def __del__(self) -> None:
         pool = self.__dict__.pop("pool", None)
         if pool is not None:
             self._library.quire_pool_delete(pool)
+
+
+def _word(letter: str, value: Any) -> int:
+    if letter == "f":
+        word: int = struct.unpack("<I", struct.pack("<f", value))[0]
+        return word
+    return (value or 0) & 0xFFFFFFFFFFFFFFFF
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import torch
 from quire.plugin import (
     GatedActOp,
     GatedActSpec,
+    GraphSupport,
     LinearOp,
     LinearSpec,
     OpInit,
@@ -44,6 +45,9 @@ class NativeOps(OpSet):
             reasons.append(f"there are kernels for float32 and bfloat16, not for {str(dtype).removeprefix('torch.')}")
         return reasons
 
+    def graph_support(self, spec: OpSpec) -> GraphSupport:
+        return GraphSupport.ANY
+
     def build(self, spec: OpSpec) -> RMSNormOp | GatedActOp | LinearOp | QuantLinearOp:
         if isinstance(spec, RMSNormSpec):
             return NativeRMSNorm(spec, self._native)
@@ -70,6 +74,9 @@ class NativeA8Ops(OpSet):
         if isinstance(spec, QuantLinearSpec) and spec.dtype is not torch.bfloat16:
             reasons.append(f"it is for bfloat16, not for {str(spec.dtype).removeprefix('torch.')}")
         return reasons
+
+    def graph_support(self, spec: OpSpec) -> GraphSupport:
+        return GraphSupport.ANY
 
     def build(self, spec: OpSpec) -> QuantLinearOp:
         assert isinstance(spec, QuantLinearSpec)

@@ -1,6 +1,8 @@
 // Which tiles there are, and who computes them.
 #include "attention.h"
+#include "recorded.h"
 
+#include <cstring>
 #include <vector>
 
 namespace quire {
@@ -91,6 +93,13 @@ void attend(Pool& pool, const Problem<T, Kept>& problem, const int32_t* starts, 
         whole_tiles(pool, problem, tiles);
 }
 
+// Tokens behind the last row's must stay finite.
+template <class T, class Kept>
+void clear_padding(const Problem<T, Kept>& problem, int64_t first, int64_t end) {
+    int64_t width = problem.layer.num_heads * problem.layer.v_head_dim;
+    if (first < end) memset(problem.out + first * width, 0, (end - first) * width * sizeof(T));
+}
+
 }  // namespace
 }  // namespace quire
 
@@ -100,12 +109,14 @@ using namespace quire;
     extern "C" void quire_attention_##NAME(Pool* pool, const void* layer, const T* q, int64_t ldq, const Kept* keys,  \
                                            const Kept* values, const float* k_scales, const float* v_scales, T* out,  \
                                            const int32_t* table, int64_t table_width, const int32_t* starts,          \
-                                           const int32_t* lengths, int64_t num_rows) {                                \
+                                           const int32_t* lengths, int64_t num_rows, int64_t num_tokens) {            \
         std::lock_guard<std::mutex> hold(pool->lock());                                                               \
         Cache<Kept> k{keys, k_scales}, v{values, v_scales};                                                           \
         Problem<T, Kept> problem{*(const Layer*)layer, q, k, v, out, table, table_width, ldq};                        \
         attend(*pool, problem, starts, lengths, num_rows);                                                            \
-    }
+        clear_padding(problem, starts[num_rows], num_tokens);                                                         \
+    }                                                                                                                 \
+    QUIRE_RECORDED(quire_attention_##NAME)
 
 QUIRE_ATTENTION(float, float, f32)
 QUIRE_ATTENTION(bf16, bf16, bf16)

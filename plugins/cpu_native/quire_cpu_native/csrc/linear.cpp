@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "pool.h"
+#include "recorded.h"
 #include "tile.h"
 
 namespace quire {
@@ -159,3 +160,7 @@ void quire_linear_f32(Pool* pool, const float* packed, const float* bias, const 
     multiply(*pool, packed, bias, x, ldx, out, rows, outputs, inputs);
 }
 }
+QUIRE_RECORDED(quire_linear_pack_bf16)
+QUIRE_RECORDED(quire_linear_pack_f32)
+QUIRE_RECORDED(quire_linear_bf16)
+QUIRE_RECORDED(quire_linear_f32)

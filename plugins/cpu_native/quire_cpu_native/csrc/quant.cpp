@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "codes.h"
+#include "recorded.h"
 
 namespace quire {
 namespace {
@@ -185,3 +186,6 @@ void quire_codes_linear_f32(Pool* pool, const void* fields, const float* bias, c
     by_form(*pool, *(const Codes*)fields, bias, x, ldx, out, rows);
 }
 }
+QUIRE_RECORDED(quire_codes_pack)
+QUIRE_RECORDED(quire_codes_weight)
+QUIRE_RECORDED(quire_codes_linear_f32)

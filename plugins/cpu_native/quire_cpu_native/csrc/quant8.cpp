@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "codes.h"
+#include "recorded.h"
 
 namespace quire {
 namespace {
@@ -153,3 +154,4 @@ extern "C" void quire_codes_linear_a8_bf16(Pool* pool, const void* fields, const
         c.half_scales ? multiply<8, half>(*pool, c, bias, x, ldx, out, rows)
                       : multiply<8, float>(*pool, c, bias, x, ldx, out, rows);
 }
+QUIRE_RECORDED(quire_codes_linear_a8_bf16)

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "pool.h"
+#include "recorded.h"
 
 namespace quire {
 namespace {
@@ -178,7 +179,9 @@ using namespace quire;
                                            int64_t kind) {                                                          \
         std::lock_guard<std::mutex> hold(pool->lock());                                                             \
         gated_act(*pool, x, ldx, out, rows, size, kind);                                                            \
-    }
+    }                                                                                                               \
+    QUIRE_RECORDED(quire_rms_norm_##NAME)                                                                           \
+    QUIRE_RECORDED(quire_gated_act_##NAME)
 
 #define QUIRE_PREPARE(T, Kept, NAME)                                                                                \
     extern "C" void quire_prepare_##NAME(Pool* pool, const void* heads, const T* qkv, int64_t ldx, const float* cos, \
@@ -187,7 +190,8 @@ using namespace quire;
         std::lock_guard<std::mutex> hold(pool->lock());                                                             \
         Slots<Kept> into{keys, values, k_scales, v_scales, slots};                                                  \
         prepare(*pool, *(const Heads<T>*)heads, qkv, ldx, cos, sin, into, turned, tokens);                          \
-    }
+    }                                                                                                               \
+    QUIRE_RECORDED(quire_prepare_##NAME)
 
 QUIRE_ROWS(float, f32)
 QUIRE_ROWS(bf16, bf16)

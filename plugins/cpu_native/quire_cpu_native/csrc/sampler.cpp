@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "pool.h"
+#include "recorded.h"
 
 namespace quire {
 namespace {
@@ -210,3 +211,4 @@ extern "C" void quire_sample(Pool* pool, const void* fields, const float* logits
         tokens[row] = sample_row(s, logits + row * s.stride, row, scratch);
     });
 }
+QUIRE_RECORDED(quire_sample)

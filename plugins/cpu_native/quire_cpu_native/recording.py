@@ -1,0 +1,192 @@
+"""A step's work, noted while it runs once, and run again without what surrounds it: Python, modules, allocations.
+
+What is noted are the operations of torch and the calls of this plugin's kernels, with the addresses that they had. All
+memory that they made is kept, so that the addresses stay good; it holds activations alone. Kernels that follow each
+other become one call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from quire_cpu_native.native import LISTENER, CallFields, Kernel, Native
+
+ATEN = torch.ops.aten
+EMPTY = frozenset(
+    {ATEN.empty, ATEN.empty_like, ATEN.empty_permuted, ATEN.empty_strided, ATEN.new_empty, ATEN.new_empty_strided}
+)
+"""Operations that give memory and write nothing into it."""
+READ_BY_HOST = frozenset({ATEN.resolve_conj, ATEN.resolve_neg})
+"""What `Tensor.tolist` and `Tensor.numpy` leave to be seen when they hand values to the host."""
+
+
+class Piece(Protocol):
+    """A part of a recording."""
+
+    def run(self) -> None:
+        """Run it again."""
+
+
+class Kernels:
+    """Calls of kernels, which one call of the library runs in their order."""
+
+    def __init__(self, library: Native) -> None:
+        self._library = library
+        self._calls: list[CallFields] = []
+        self._held: list[Any] = []
+
+    def note(self, kernel: Kernel, arguments: tuple[Any, ...]) -> None:
+        """Add a call."""
+        words = kernel.words(arguments)
+        array = (ctypes.c_uint64 * len(words))(*words)
+        self._calls.append(CallFields(kernel.recorded, kernel.library.pool, ctypes.addressof(array)))
+        self._held += [kernel, array]
+
+    @cached_property
+    def _array(self) -> Any:
+        return (CallFields * len(self._calls))(*self._calls)
+
+    def run(self) -> None:
+        self._library.replay(ctypes.addressof(self._array), len(self._calls))
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """An operation of torch. `results`: the tensors that it made, by their place among those that it returns."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    results: tuple[tuple[int, Tensor], ...]
+
+    def run(self) -> None:
+        made = list(_tensors(self.function(*self.arguments, **self.keywords)))
+        for place, kept in self.results:
+            kept.copy_(made[place])
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """Work that has been noted.
+
+    Attributes:
+        pieces: in their order. result: what the work returned, overwritten by each replay.
+        made: tensors that the work has made. held: all that must live as long as this.
+    """
+
+    pieces: tuple[Piece, ...]
+    result: Tensor
+    made: tuple[Tensor, ...]
+    held: tuple[Any, ...]
+
+    def replay(self) -> Tensor:
+        """Run the work again; the result is the same tensor every time."""
+        for piece in self.pieces:
+            piece.run()
+        return self.result
+
+    def spoil(self) -> None:
+        """Overwrite whatever the work has made, so that a replay cannot pass off old values for its own."""
+        for tensor in self.made:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes what is computed within it, by this thread.
+
+    Attributes:
+        why_not: why what was noted is not the same calls on the same addresses every time; empty if it may be.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._pieces: list[Piece] = []
+        self._open: Kernels | None = None  # the last piece, if kernels may still join it
+        self._made: list[Tensor] = []
+        self._held: list[Any] = []
+        self.why_not = ""
+
+    def run(self, work: Callable[[], Any]) -> Any:
+        """Run the work, once, and return its result. Raises whatever it raises."""
+        self._held.append(work)  # and with it what it reads
+        token = LISTENER.set(self._note_kernel)
+        try:
+            with self:
+                result = work()
+        finally:
+            LISTENER.reset(token)
+        if not isinstance(result, Tensor):
+            self.why_not = self.why_not or f"it returns no tensor, but {type(result).__name__}"
+        return result
+
+    def recording(self, result: Tensor) -> Recording:
+        """What was noted of the work that has returned this."""
+        return Recording(tuple(self._pieces), result, tuple(self._made), tuple(self._held))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: else torch imports its compiler, in order to keep it away from here, which takes seconds."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        keywords = kwargs or {}
+        made = func(*args, **keywords)
+        self.why_not = self.why_not or _why_not(func, args, made)
+        if not self.why_not:
+            self._note_operation(func, args, keywords, made)
+        return made
+
+    def _note_kernel(self, kernel: Kernel, arguments: tuple[Any, ...]) -> None:
+        if self._open is None:
+            self._open = Kernels(kernel.library)
+            self._pieces.append(self._open)
+        self._open.note(kernel, arguments)
+
+    def _note_operation(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], made: Any) -> None:
+        results = list(_tensors(made))
+        given = {_memory(tensor) for tensor in _tensors((arguments, tuple(keywords.values())))}
+        fresh = tuple((place, tensor) for place, tensor in enumerate(results) if _memory(tensor) not in given)
+        self._held += results
+        self._made += [tensor for _, tensor in fresh]
+        computes = function._schema.is_mutable or (fresh and function.overloadpacket not in EMPTY)
+        if computes:  # others are views, or memory without content
+            self._pieces.append(Operation(function, arguments, keywords, fresh))
+            self._open = None
+
+
+def _why_not(function: Any, arguments: tuple[Any, ...], made: Any) -> str:
+    """Why a step with this operation is not the same every time; empty if it may be."""
+    tags = set(function.tags)
+    returned = made if isinstance(made, (list, tuple)) else (made,)
+    values = any(each is not None and not isinstance(each, Tensor) for each in returned)
+    if values or function.overloadpacket in READ_BY_HOST or torch.Tag.data_dependent_output in tags:
+        return f"the host reads a value ({function})"
+    if any(tensor.layout is not torch.strided for tensor in _tensors(made)):
+        return f"a tensor has no address ({function})"
+    by_mask = any(tensor.dtype in (torch.bool, torch.uint8) for tensor in _tensors(arguments[1:2]))
+    if torch.Tag.dynamic_output_shape in tags and (function.overloadpacket is not ATEN.index or by_mask):
+        return f"a shape depends on values ({function})"
+    if torch.Tag.inplace_view in tags and function.overloadpacket is not ATEN.detach_:
+        return f"a tensor changes its shape ({function})"
+    return ""
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each)
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """Address of the memory that it is a view of; None for weights that torch has packed, which have none."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else None
