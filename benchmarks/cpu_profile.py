@@ -2,8 +2,10 @@
 
     python benchmarks/cpu_profile.py MODEL [--quantization int4] [--batch 1] [--context 64] [--threads 1] [--torch]
 
-`decode` is the mean of a step with --batch requests, `prefill` that of a prompt of --context tokens. With one thread
-its processor time is taken, which a busy machine distorts less; with more, seconds by the clock, waiting included.
+`decode` is the mean of a step with --batch requests, `prefill` that of a prompt of --context tokens; both run on the
+device `cpu`, eagerly, so that each kernel is seen. Last come medians of decoding steps of that device and of
+`cpu_native`, which records them and runs their kernels as one call, in turn. With one thread its processor time is
+taken, which a busy machine distorts less; with more, seconds by the clock, waiting included.
 `cpu_peers.py --prepare-only --peers quire` makes a MODEL of random weights.
 """
 
@@ -16,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from quire import LLM, SamplingParams  # before torch, so that its threads sleep
@@ -24,21 +27,23 @@ from torch import get_num_threads, set_num_threads
 from torch.profiler import ProfilerActivity, profile
 
 WARM_UP = 4
+ROUNDS = 8
+"""In which eager and recorded steps take turns."""
 Clock = Callable[[], float]
 
 
 @dataclass
 class Times:
-    """Kernel, what tells its size, and seconds of each call while `on`; and of each step."""
+    """Kernel, what tells its size, and seconds of each call while `on`; and of each step, in all and within kernels."""
 
     clock: Clock
     on: bool = False
     calls: list[tuple[str, tuple[Any, ...], float]] = field(default_factory=list)
-    steps: list[float] = field(default_factory=list)
+    steps: list[tuple[float, float]] = field(default_factory=list)
 
     def watch(self) -> None:
-        """Time every kernel that is asked for from now on."""
-        ask, clock, calls = Native.function, self.clock, self.calls
+        """Time every kernel that is asked for from now on, and every replay of several."""
+        ask, replay, clock, calls = Native.function, Native.replay, self.clock, self.calls
 
         def function(native: Native, name: str, *form: Any) -> Callable[..., None]:
             run = ask(native, name, *form)
@@ -52,19 +57,26 @@ class Times:
 
             return timed
 
-        Native.function = function  # type: ignore[method-assign]
+        def replayed(native: Native, first: int, count: int) -> None:
+            began = clock()
+            replay(native, first, count)
+            if self.on:
+                calls.append(("recorded kernels", (), clock() - began))
+
+        Native.function, Native.replay = function, replayed  # type: ignore[method-assign]
 
     def step(self, work: Callable[[], Any]) -> None:
         """One step, with its kernels."""
-        self.on = True
+        self.on, known = True, len(self.calls)
         began = self.clock()
         work()
-        self.steps.append(self.clock() - began)
+        took = self.clock() - began
+        self.steps.append((took, sum(seconds for _, _, seconds in self.calls[known:])))
         self.on = False
 
     def table(self, what: str, tokens: int) -> None:
         """Print what was measured, `tokens` to a step, and forget it."""
-        count, total = len(self.steps), sum(self.steps)
+        count, total = len(self.steps), sum(took for took, _ in self.steps)
         print(f"\n{what}: {1000 * total / count:.2f} ms a step, {tokens * count / total:.1f} tokens/s")
         kernels: dict[str, list[float]] = {}
         for name, size, seconds in self.calls:
@@ -73,6 +85,10 @@ class Times:
         for name, each in sorted(kernels.items(), key=lambda item: -sum(item[1])):
             row(name, len(each) / count, sum(each) / count, sum(each) / total)
         row("outside kernels", 0, outside / count, outside / total)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was measured."""
         self.calls.clear()
         self.steps.clear()
 
@@ -95,10 +111,11 @@ def title(name: str, size: tuple[Any, ...]) -> str:
 class Bench:
     """An engine, and requests for it."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, device: str = "cpu") -> None:
         length = options.context + options.steps + 2 * WARM_UP + 16
         self.engine = LLM(
             options.model,
+            device=device,
             dtype=options.dtype,
             quantization=options.quantization,
             ops=dict(word.split("=") for word in options.ops),
@@ -118,8 +135,8 @@ class Bench:
         prompt = [self._rng.randrange(10, 250) for _ in range(context)]
         self.engine.add(self.engine.prepare(str(next(self._keys)), prompt, params))
 
-    def decode(self, options: argparse.Namespace, times: Times) -> None:
-        """Steps of all requests at once, behind their prompts and a few steps to get warm."""
+    def start(self, options: argparse.Namespace) -> None:
+        """Bring all requests behind their prompts, and a few steps further to get warm."""
         for _ in range(options.batch):
             self.add(options.context, options.steps + 2 * WARM_UP)
         started: set[str] = set()
@@ -127,6 +144,10 @@ class Bench:
             started |= {delta.request_id for delta in self.engine.step()}
         for _ in range(WARM_UP):
             self.engine.step()
+
+    def decode(self, options: argparse.Namespace, times: Times) -> None:
+        """Steps of all requests at once."""
+        self.start(options)
         for _ in range(options.steps):
             times.step(self.engine.step)
         self.drain()
@@ -144,6 +165,28 @@ class Bench:
         """Step until nothing is left."""
         while self.engine.has_work():
             self.engine.step()
+
+
+def in_turn(eager: Bench, options: argparse.Namespace, times: Times) -> None:
+    """Print decoding steps, eager and recorded ones in turn."""
+    benches = {"eager": eager, "recorded": Bench(options, "cpu_native")}
+    steps: dict[str, list[tuple[float, float]]] = {name: [] for name in benches}
+    for bench in benches.values():
+        bench.start(options)
+    for _ in range(ROUNDS):
+        for name, bench in benches.items():
+            bench.engine.step()  # the other one's weights are in the caches
+            for _ in range(max(1, options.steps // ROUNDS - 1)):
+                times.step(bench.engine.step)
+            steps[name] += times.steps
+            times.clear()
+    print(f"\ndecode, {options.batch} requests, medians of {len(steps['eager'])} steps in turn")
+    for name, each in steps.items():
+        took, outside = median(seconds for seconds, _ in each), median(seconds - within for seconds, within in each)
+        print(f"  {name:<10} {1000 * took:>8.2f} ms a step, outside kernels {1000 * outside:>6.2f} ms, ", end="")
+        print(f"{100 * outside / took:.1f} %")
+    for bench in benches.values():
+        bench.drain()
 
 
 @contextmanager
@@ -184,6 +227,7 @@ def main() -> None:
     times.table(f"decode, {options.batch} requests behind {options.context} tokens", options.batch)
     bench.prefill(options, times)
     times.table(f"prefill, {options.context} tokens", options.context)
+    in_turn(bench, options, times)
     if options.torch:
         with torch_operations():
             bench.decode(options, times)

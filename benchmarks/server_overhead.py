@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=processors, help="of the engine: %(default)s")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    llm = AsyncLLM(**OPTIONS, plugin_options={"cpu": {"threads": given.threads}})
+    llm = AsyncLLM(**OPTIONS, plugin_options={"cpu_native": {"threads": given.threads}})
     url, listener, thread = serve(llm)
     figures = {}
     for tokens in given.tokens:

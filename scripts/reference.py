@@ -30,7 +30,7 @@ it came from, `quire config init` a file to start from, `quire config schema` a 
 
 Numbers may carry a unit: `8k` is 8,000, `8Ki` is 8,192, `2GiB` is 2,147,483,648. Lists are written
 `a,b` in flags and variables. One key of a mapping is set by a flag such as `--ops rms_norm=torch` or
-`--plugin-options cpu.threads=4`, and by a variable such as `QUIRE_PLUGINS__OPS__RMS_NORM=torch`.
+`--plugin-options cpu_native.threads=4`, and by a variable such as `QUIRE_PLUGINS__OPS__RMS_NORM=torch`.
 An unknown key, flag or `QUIRE_` variable is an error.
 
 A provider's options stand under its name, or under `point.name` or `plugin:name` where the name alone is
