@@ -25,8 +25,8 @@ class Peer:
     static = False
 
     def __init__(self, path: str, request: Request) -> None:
+        from quire import LLM, SamplingParams, __version__  # isort: skip  # before torch, so that its threads sleep
         import torch
-        from quire import LLM, SamplingParams, __version__
 
         torch.set_num_threads(request.threads)
         need = capacity(map(Point.parse, request.points))
