@@ -12,14 +12,8 @@ namespace {
 
 constexpr int MANY = W == 16 ? 6 : 5;  // rows of a tile: as many as the registers hold sums
 constexpr int FEW = W == 16 ? 64 : 8;   // rows up to which codes are unpacked in registers, and read in pieces
-constexpr int64_t SPAN = 256;  // 255 · 32767 · 256 < 2^31
-
-// Which inputs of a word meet in one product: bits 0 and 16 of it, then those of the next shift.
-template <int BITS>
-constexpr int order_of(int i) {
-    constexpr int four[8] = {0, 2, 4, 6, 1, 3, 5, 7}, two[4] = {0, 2, 1, 3};
-    return BITS == 4 ? four[i] : two[i];
-}
+constexpr int READING = 2;              // rows up to which threads share out the weights in long pieces
+constexpr int64_t SPAN = 256;           // 255 · 32767 · 256 < 2^31
 
 // x as whole numbers, with a scale and a sum for each span: [rows][depth], [rows][spans].
 struct Rows {
@@ -39,27 +33,23 @@ struct Spans {
 
 template <int BITS>
 void round_span(const bf16* x, int64_t count, int16_t* to, int64_t padded, float& scale, float& total) {
-    float wide[SPAN], largest = 0.0f;
-    for (int64_t k = 0; k < padded; k++) {
-        wide[k] = k < count ? to_float(x[k]) : 0.0f;
-        float size = fabsf(wide[k]);
-        if (size > largest || size != size) largest = size;
+    V most = zero(), poison = zero(), sums = zero();
+    for (int64_t k = 0; k < count; k += W) {
+        V value = load_some(x + k, std::min<int64_t>(W, count - k));
+        most = max(most, max(value, sub(zero(), value)));
+        poison = add(poison, sub(value, value));  // what is no finite number must not get lost
     }
-    bool usable = largest > 1e-30f && largest < INFINITY;
-    float inverse = usable ? 32767.0f / largest : 0.0f;
-    scale = usable ? largest / 32767.0f : largest;  // not a number, or infinite: so is the result
-    int64_t sum = 0;
-    constexpr int WORD = 32 / BITS;
+    float top = largest(most) + sum(poison);
+    bool usable = top > 1e-30f;
+    V inverse = set1(usable ? 32767.0f / top : 0.0f);
+    scale = usable ? top / 32767.0f : top;  // not a number: nor is the result
     for (int64_t k = 0; k < padded; k += W) {
-        int64_t left = std::min<int64_t>(W, padded - k);
-        if (usable) store_some(wide + k, round_to_even(mul(load_some(wide + k, left), set1(inverse))), left);
+        V value = zero();
+        if (usable && k < count) value = round_to_even(mul(load_some(x + k, std::min<int64_t>(W, count - k)), inverse));
+        sums = add(sums, value);
+        store_some(to + k, value, std::min<int64_t>(W, padded - k), Order<BITS>());
     }
-    for (int64_t k = 0; k < padded; k += WORD)
-        for (int i = 0; i < WORD; i++) {
-            int16_t value = usable ? (int16_t)wide[k + order_of<BITS>(i)] : (int16_t)0;
-            to[k + i] = value, sum += value;
-        }
-    total = (float)sum;
+    total = sum(sums);  // exact
 }
 
 template <int BITS>
@@ -151,7 +141,7 @@ static inline void add_words(const Columns<BITS, Scale>& c, Packed, const int16_
         for (int v = 0; v < NV; v++) {
             word[v] = load_int(c.word(0, w, v));
 #if defined(__GNUC__)
-            __builtin_prefetch(c.word(0, w, v) + 4096);
+            __builtin_prefetch(c.word(0, w, v) + 8192);
 #endif
         }
         for (int i = 0; i < PAIRS; i++) {
@@ -261,14 +251,21 @@ void multiply(Pool& pool, const Codes& c, const bf16* bias, const bf16* x, int64
     Spans spans(c);
     int64_t parts = std::min<int64_t>(std::max<int64_t>(1, 4 * pool.threads() / c.panels()), (rows + 23) / 24);
     int64_t step = (rows + parts - 1) / parts;
-    pool.run(c.panels() * parts, [=, &c, &spans, &rounded](int64_t task, Scratch& scratch) {
-        int64_t panel = task / parts, row = task % parts * step, count = std::min(step, rows - row);
+    auto compute = [=, &c, &spans, &rounded](int64_t panel, int64_t part, Scratch& scratch) {
+        int64_t row = part * step, count = std::min(step, rows - row);
         int64_t columns = std::min<int64_t>(PANEL, c.outputs - panel * PANEL);
         Part p{c, spans, rounded, panel, row, out, bias};
         if (count <= 0) return;
         if (count <= 2) return few_rows<BITS, Scale, 2, 4, 2>(p, count);
         if (count <= FEW) return few_rows<BITS, Scale, 4, 2, FEW>(p, count);
         many_rows<BITS, Scale>(p, count, columns, scratch);
+    };
+    // Where reading the weights is what takes time, a thread reads on where it was.
+    int64_t together = rows <= READING ? std::max<int64_t>(1, c.panels() / (4 * pool.threads())) : 1;
+    pool.run((c.panels() + together - 1) / together * parts, [=, &c](int64_t task, Scratch& scratch) {
+        int64_t first = task / parts * together;
+        for (int64_t panel = first; panel < std::min(c.panels(), first + together); panel++)
+            compute(panel, task % parts, scratch);
     });
 }
 

@@ -411,4 +411,36 @@ static inline V tanh(V x) {
     return sub(set1(1.0f), div(set1(2.0f), add(e, set1(1.0f))));
 }
 
+// In which order the numbers of a word of codes meet in products: those at bits 0 and 16 of it, then those of the next
+// shift.
+template <int BITS>
+struct Order {
+    static constexpr int of(int i) {
+        constexpr int four[8] = {0, 2, 4, 6, 1, 3, 5, 7}, two[4] = {0, 2, 1, 3};
+        return BITS == 4 ? i / 8 * 8 + four[i % 8] : i / 4 * 4 + two[i % 4];
+    }
+};
+// n whole numbers of at most 16 bits, in that order.
+template <int BITS>
+static inline void store_some(int16_t* p, V x, int64_t n, Order<BITS> order) {
+    int16_t all[W];
+#if defined(QUIRE_512)
+    int32_t places[W];
+    for (int i = 0; i < W; i++) places[i] = order.of(i);
+    I moved = _mm512_permutexvar_epi32(load_int(places), _mm512_cvtps_epi32(x));
+    _mm256_storeu_si256((__m256i*)(n == W ? p : all), _mm512_cvtepi32_epi16(moved));
+#elif defined(QUIRE_ISA_AVX2)
+    int32_t places[W];
+    for (int i = 0; i < W; i++) places[i] = order.of(i);
+    I moved = _mm256_permutevar8x32_epi32(_mm256_cvtps_epi32(x), load_int(places));
+    __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(moved), _mm256_extracti128_si256(moved, 1));
+    _mm_storeu_si128((__m128i*)(n == W ? p : all), narrow);
+#else
+    float wide[W];
+    store(wide, x);
+    for (int i = 0; i < W; i++) (n == W ? p : all)[i] = (int16_t)wide[order.of(i)];
+#endif
+    if (n < W) memcpy(p, all, n * sizeof(int16_t));
+}
+
 }  // namespace quire
