@@ -79,16 +79,16 @@ MUTANTS = (
     ),
     Mutant(
         "native: sums of rounded inputs are forgotten",
-        f"{CSRC}/quant16.cpp",
-        "total = (float)sum;",
+        f"{CSRC}/rounded.h",
+        "total = sum(sums);",
         "total = 0.0f;",
         NATIVE_KITS,
     ),
     Mutant(
         "native: a span of 8-bit inputs has the scale of the one before",
-        f"{CSRC}/quant8.cpp",
-        "at = row * all + g * spans + s;",
-        "at = row * all + g * spans + (s + 1) % spans;",
+        f"{CSRC}/rounded.h",
+        "at = row * out.spans + g * spans.count + s;",
+        "at = row * out.spans + g * spans.count + (s + 1) % spans.count;",
         NATIVE,
     ),
     Mutant(
@@ -99,10 +99,10 @@ MUTANTS = (
         NATIVE,
     ),
     Mutant(
-        "native: the last positions of a chunk are scored as the first",
+        "native: a query has the scores of another",
         f"{CSRC}/attention.h",
-        "for (; j < end; j++) dots<R, 1>(r, j);",
-        "for (; j < end; j++) dots<R, 1>(r, from);",
+        "memcpy(to + i * CHUNK, all + i * J, J * sizeof(float));\n    }\n\n#if",
+        "memcpy(to + i * CHUNK, all, J * sizeof(float));\n    }\n\n#if",
         NATIVE_KITS,
     ),
     Mutant(

@@ -89,6 +89,7 @@ static inline int32x4_t nibbles(int32x4_t x) {
 static inline int32x4_t upper(int32x4_t x) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(x), 4)); }
 static inline I low_nibbles(I x) { return {nibbles(x.a), nibbles(x.b)}; }
 static inline I high_nibbles(I x) { return {upper(x.a), upper(x.b)}; }
+constexpr bool FOURS_AT_ONCE = true;
 // Bytes of x are read as signed: they are codes of 4 bits, or centred ones of 8.
 static inline int32x4_t add_byte_products(int32x4_t c, int32x4_t x, int32x4_t y) {
     int8x16_t a = vreinterpretq_s8_s32(x), b = vreinterpretq_s8_s32(y);

@@ -105,9 +105,11 @@ static inline I low_nibbles(I x) { return _mm512_and_si512(x, set1_int(0x0f0f0f0
 static inline I high_nibbles(I x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
 // c + products of unsigned bytes of a with signed bytes of b, summed by pairs or fours; `whole_sums` of it: by fours
 #if defined(QUIRE_ISA_AVX512BF16)
+constexpr bool FOURS_AT_ONCE = true;  // whether `whole_sums` has nothing left to do
 static inline I add_byte_products(I c, I a, I b) { return _mm512_dpbusd_epi32(c, a, b); }
 static inline I whole_sums(I c) { return c; }
 #else
+constexpr bool FOURS_AT_ONCE = false;
 static inline I add_byte_products(I c, I a, I b) { return _mm512_add_epi16(c, _mm512_maddubs_epi16(a, b)); }
 static inline I whole_sums(I c) { return _mm512_madd_epi16(c, set1_int(0x00010001)); }
 #endif
@@ -198,6 +200,7 @@ static inline I add_products(I c, I a, I b) { return _mm256_add_epi32(c, _mm256_
 #endif
 static inline I low_nibbles(I x) { return _mm256_and_si256(x, set1_int(0x0f0f0f0f)); }
 static inline I high_nibbles(I x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
+constexpr bool FOURS_AT_ONCE = false;
 static inline I add_byte_products(I c, I a, I b) { return _mm256_add_epi16(c, _mm256_maddubs_epi16(a, b)); }
 static inline I whole_sums(I c) { return _mm256_madd_epi16(c, set1_int(0x00010001)); }
 constexpr float TAKEN_OFF = 128.0f;
@@ -298,6 +301,7 @@ static inline I high_nibbles(I x) {
     for (uint32_t& each : x.at) each = each >> 4 & 0x0f0f0f0f;
     return x;
 }
+constexpr bool FOURS_AT_ONCE = true;
 static inline I add_byte_products(I c, I a, I b) {
     for (int i = 0; i < W; i++)
         for (int shift = 0; shift < 32; shift += 8)
@@ -409,6 +413,13 @@ static inline float exp1(float x) {
 static inline V tanh(V x) {
     V e = exp(mul(x, set1(2.0f)));
     return sub(set1(1.0f), div(set1(2.0f), add(e, set1(1.0f))));
+}
+
+// n whole numbers of at most 8 bits.
+static inline void store_some(int8_t* p, V x, int64_t n) {
+    float wide[W];
+    store(wide, x);
+    for (int64_t i = 0; i < n; i++) p[i] = (int8_t)wide[i];
 }
 
 // In which order the numbers of a word of codes meet in products: those at bits 0 and 16 of it, then those of the next
