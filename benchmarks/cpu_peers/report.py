@@ -12,7 +12,8 @@ from typing import Any
 from cpu_peers.protocol import Answer
 from cpu_peers.workload import median, spread
 
-OURS = "quire"
+OURS = ("quire", "quire_a8")
+"""Forms of Quire, the default one first; all others are peers."""
 PLOT = """
 import json, sys
 import matplotlib
@@ -66,18 +67,20 @@ class Group:
                 return found
         return None
 
-    def ratio(self, point: str) -> float | None:
-        """Quire's median over the best other peer's; None if either is missing."""
-        ours = median(self.values(OURS, point)) if OURS in self.answers else None
-        others = [median(self.values(peer, point)) for peer in self.answers if peer != OURS]
+    def ratio(self, ours: str, point: str) -> float | None:
+        """The median of a form of Quire over the best other peer's; None if either is missing."""
+        own = median(self.values(ours, point)) if ours in self.answers else None
+        others = [median(self.values(peer, point)) for peer in self.answers if peer not in OURS]
         best = max((value for value in others if value is not None), default=None)
-        return None if ours is None or best is None else ours / best
+        return None if own is None or best is None else own / best
 
 
 def table(group: Group) -> str:
     """The group's medians in Markdown, with the reasons for what is missing below."""
     peers, reasons = list(group.answers), {}
-    lines = [f"| tokens/s | {' | '.join(peers)} | Quire / best peer |", "|---|" + "---:|" * (len(peers) + 1)]
+    ours = [peer for peer in peers if peer in OURS]
+    titles = ["tokens/s", *peers, *(f"{form} / best peer" for form in ours)]
+    lines = [f"| {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1)]
     for point in group.points:
         cells = []
         for peer in peers:
@@ -85,8 +88,9 @@ def table(group: Group) -> str:
             cells.append("-" if value is None else f"{value:.1f}")
             if value is None and (why := group.reason(peer, point)):
                 reasons.setdefault((peer, why), []).append(point)
-        ratio = group.ratio(point)
-        lines.append(f"| {point} | {' | '.join(cells)} | {'-' if ratio is None else f'{ratio:.2f}'} |")
+        ratios = [group.ratio(form, point) for form in ours]
+        cells += ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        lines.append(f"| {point} | {' | '.join(cells)} |")
     notes = [
         f"* {peer}, {'all points' if len(points) == len(group.points) else ', '.join(points)}: {why}."
         for (peer, why), points in reasons.items()
@@ -105,7 +109,7 @@ def _settings(group: Group) -> list[str]:
 def _agreement(group: Group) -> list[str]:
     """How many of the first greedy tokens each peer shares with Quire: whether they compute the same model."""
     probes = {peer: answers[0].probe for peer, answers in group.answers.items() if answers and answers[0].probe}
-    ours = probes.pop(OURS, ())
+    ours = probes.pop(OURS[0], ())
     if not ours or not probes:
         return []
     return [
@@ -158,7 +162,11 @@ def record(groups: Iterable[Group]) -> list[dict[str, Any]]:
             "model": group.model,
             "precision": group.precision,
             "peers": {peer: _peer_record(group, peer) for peer in group.answers},
-            "ratio to best peer": {point: group.ratio(point) for point in group.points},
+            "ratio to best peer": {
+                form: {point: group.ratio(form, point) for point in group.points}
+                for form in OURS
+                if form in group.answers
+            },
         }
         for group in groups
     ]

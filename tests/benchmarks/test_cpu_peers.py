@@ -248,8 +248,8 @@ def test_the_table_gives_medians_ratio_and_reasons():
     assert "| decode:1:64 | 20.0 | 10.0 | - | 2.00 |" in text
     assert "* transformers, all points: no 4-bit weights." in text
     assert "llama_cpp 2" in text
-    assert group().ratio("decode:1:64") == 2.0
-    assert report.Group("m", "bf16", ["p"], {"quire": [Answer()]}).ratio("p") is None
+    assert group().ratio("quire", "decode:1:64") == 2.0
+    assert report.Group("m", "bf16", ["p"], {"quire": [Answer()]}).ratio("quire", "p") is None
 
 
 def test_the_report_and_its_json_carry_the_run():

@@ -23,6 +23,7 @@ class Peer:
     """`LLM` and the engine's own `add` and `step`."""
 
     static = False
+    quant_kernel: str | None = None
 
     def __init__(self, path: str, request: Request) -> None:
         from quire import LLM, SamplingParams, __version__  # isort: skip  # before torch, so that its threads sleep
@@ -34,6 +35,7 @@ class Peer:
             path,
             dtype="bfloat16",
             quantization="int4" if request.precision == "int4" else None,
+            quant_kernel=self.quant_kernel,
             num_kv_blocks=need.sequences * (math.ceil(need.length / BLOCK) + 1) + 1,
             max_num_seqs=need.sequences,
             max_model_len=need.length,
