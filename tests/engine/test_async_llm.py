@@ -244,12 +244,28 @@ def test_shutdown_ends_streams_and_is_idempotent(checkpoint, process):
     llm = AsyncLLM(checkpoint("llama"), dtype="float32", num_kv_blocks=80, process=process)
 
     async def main():
-        task = asyncio.create_task(collect(llm, [3], LONG))
-        await asyncio.sleep(0.1)
-        await asyncio.to_thread(llm.shutdown)
-        return await task
+        begun = asyncio.Event()
 
-    assert asyncio.run(main())[-1].finish_reason == "error"
+        async def end():
+            try:
+                reason = None
+                async for delta in llm.stream([3], LONG):
+                    begun.set()
+                    reason = delta.finish_reason
+            except EngineDead:
+                return "dead before it began"
+            return reason
+
+        # More than the pool holds at once, so that some have not even begun.
+        tasks = [asyncio.create_task(end()) for _ in range(16)]
+        await begun.wait()
+        await asyncio.to_thread(llm.shutdown)
+        return await asyncio.gather(*tasks)
+
+    ends = asyncio.run(main())
+    assert set(ends) <= {"length", "error", "dead before it began"}
+    assert "error" in ends
+    assert ends[-1] != "length"
     llm.shutdown()
     with pytest.raises(EngineDead):
         llm.prepare([3])
