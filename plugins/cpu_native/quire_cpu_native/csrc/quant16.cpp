@@ -5,7 +5,7 @@
 namespace quire {
 namespace {
 
-constexpr int MANY = W == 16 ? 6 : 5;  // rows of a tile: as many as the registers hold sums
+constexpr int MANY = 5;  // rows of a tile: as many as AVX2's registers hold sums
 
 static inline I pair_at(const int16_t* x) {
     int32_t both;
@@ -91,9 +91,9 @@ struct Wide {
     }
 };
 
+// Codes are unpacked once for all rows.
 template <int BITS, class Scale>
-void many_rows(const Part<Halves>& p, int64_t count, Scratch& scratch) {
-    if (W == 16) return by_few_rows<Halves, BITS, Scale>(p, count);
+void by_wide_codes(const Part<Halves>& p, int64_t count, Scratch& scratch) {
     int16_t* to = (int16_t*)scratch.floats(p.codes.depth() * W);
     int64_t columns = std::min<int64_t>(PANEL, p.codes.outputs - p.panel * PANEL);
     for (int64_t first = 0; first < columns; first += 2 * W) {
@@ -105,6 +105,15 @@ void many_rows(const Part<Halves>& p, int64_t count, Scratch& scratch) {
             p.emit_at<rows.value, 2>(acc, p.row + m, first);
         });
     }
+}
+
+// With registers for the sums of so many columns, unpacking again costs less than reading what was unpacked.
+template <int BITS, class Scale>
+void many_rows(const Part<Halves>& p, int64_t count, Scratch& scratch) {
+    if constexpr (W == 16)
+        by_few_rows<Halves, BITS, Scale>(p, count);
+    else
+        by_wide_codes<BITS, Scale>(p, count, scratch);
 }
 
 }  // namespace
