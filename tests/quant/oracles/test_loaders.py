@@ -19,7 +19,7 @@ HALF = 2e-2
 NEEDED = {
     "gptq": ("gptqmodel", "optimum", "accelerate"),
     "awq": ("gptqmodel", "accelerate"),
-    "compressed": ("compressed_tensors",),
+    "compressed": ("compressed_tensors", "accelerate"),
     "fp8": ("accelerate",),
 }
 
