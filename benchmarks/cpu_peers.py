@@ -22,8 +22,8 @@ from pathlib import Path
 
 from cpu_peers import machine, models, report
 from cpu_peers.environments import SOURCES, default_cache, interpreter, surroundings
-from cpu_peers.protocol import PRECISIONS, Answer, Request, Unavailable, ask
-from cpu_peers.workload import ALL_POINTS, QUICK_POINTS, Point
+from cpu_peers.protocol import PRECISIONS, Answer, Request, Unavailable, ask, joined
+from cpu_peers.workload import ALL_POINTS, QUICK_POINTS, Point, parts
 
 PEERS = ("quire", "quire_a8", "llama_cpp", "openvino", "transformers")
 PLOT_REQUIREMENTS = ("matplotlib",)
@@ -121,19 +121,19 @@ def prepare(plan: Plan) -> tuple[dict[str, str], dict[tuple[str, str, str], str]
             continue
         for model, precision in cases:
             say(f"{peer}: {model} in {precision}")
-            answer = worker(plan, pythons[peer], peer, "prepare", model, precision, 0)
+            answer = worker(plan, pythons[peer], peer, "prepare", model, precision, 0, plan.points)
             if "all" in answer.reasons:
                 missing[peer, model, precision] = answer.reasons["all"]
     return pythons, missing
 
 
-def worker(plan: Plan, python: str, peer: str, action: str, model: str, precision: str, seed: int) -> Answer:
+def worker(
+    plan: Plan, python: str, peer: str, action: str, model: str, precision: str, seed: int, points: Sequence[str]
+) -> Answer:
     """Ask a peer's worker."""
     folder = plan.cache / "models" / model / peer
     folder.mkdir(parents=True, exist_ok=True)
-    request = Request(
-        action, str(checkpoint(model, plan.cache)), str(folder), precision, plan.points, plan.threads, seed
-    )
+    request = Request(action, str(checkpoint(model, plan.cache)), str(folder), precision, points, plan.threads, seed)
     return ask([python, "-m", "cpu_peers.worker", peer], request, surroundings(plan.threads), SOURCES)
 
 
@@ -168,7 +168,12 @@ def measure(
             for peer in plan.peers:
                 reason = missing.get((peer, model, precision))
                 if reason is None:
-                    answer = worker(plan, pythons[peer], peer, "measure", model, precision, turn + 1)
+                    answer = joined(
+                        [
+                            (part, worker(plan, pythons[peer], peer, "measure", model, precision, turn + 1, part))
+                            for part in parts(plan.points)
+                        ]
+                    )
                 else:
                     answer = Answer(reasons={"all": reason})
                 group.answers[peer].append(answer)

@@ -83,6 +83,19 @@ class Answer:
         return None
 
 
+def joined(answers: Sequence[tuple[Sequence[str], Answer]]) -> Answer:
+    """One answer of several that were given for some points each; versions, load time and probe are the first's."""
+    figures: dict[str, float] = {}
+    reasons: dict[str, str] = {}
+    extra: dict[str, float] = {}
+    for points, answer in answers:
+        figures |= answer.figures
+        reasons |= dict.fromkeys(points, answer.reasons["all"]) if "all" in answer.reasons else answer.reasons
+        extra = {**answer.extra, **extra}
+    first = answers[0][1]
+    return Answer(figures, reasons, first.notes, extra, first.probe)
+
+
 def ask(command: Sequence[str], request: Request, environment: Mapping[str, str], folder: Path) -> Answer:
     """Run a worker in `folder`, and return its answer; a worker that dies answers with its last words."""
     try:

@@ -73,14 +73,20 @@ class Capacity:
     length: int
 
 
-def capacity(points: Iterable[Point], most: int = 32) -> Capacity:
-    """What the points need; at most `most` requests of a served workload run at once."""
+def capacity(points: Iterable[Point]) -> Capacity:
+    """What the points need. All requests of a served workload may run at once: not every peer can be held to fewer."""
     sequences, length = 1, LONGEST
     for point in points:
-        served = point.kind == "served"
-        sequences = max(sequences, min(point.batch, most) if served else point.batch)
-        length = max(length, 2 * LONGEST if served else point.context + NEW_TOKENS)
+        sequences = max(sequences, point.batch)
+        length = max(length, 2 * LONGEST if point.kind == "served" else point.context + NEW_TOKENS)
     return Capacity(sequences, length + 16)
+
+
+def parts(points: Sequence[str]) -> list[list[str]]:
+    """Points that share an engine: a served workload has its own, which holds many short requests."""
+    together = [point for point in points if Point.parse(point).kind != "served"]
+    alone = [[point] for point in points if point not in together]
+    return ([together] if together else []) + alone
 
 
 def prompt(rng: random.Random, length: int, vocab: int) -> list[int]:

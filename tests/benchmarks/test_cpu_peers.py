@@ -13,8 +13,19 @@ from cpu_peers import environments, machine, report, worker
 from cpu_peers.measure import Measurement, serve
 from cpu_peers.peers.gguf_file import gguf_name, interleaved, read_bfloat16
 from cpu_peers.peers.llama_cpp import Slots, _Sequence
-from cpu_peers.protocol import MARK, Answer, Request, Unavailable, ask
-from cpu_peers.workload import ALL_POINTS, LONGEST, SHORTEST, Arrival, Point, arrivals, capacity, percentile, spread
+from cpu_peers.protocol import MARK, Answer, Request, Unavailable, ask, joined
+from cpu_peers.workload import (
+    ALL_POINTS,
+    LONGEST,
+    SHORTEST,
+    Arrival,
+    Point,
+    arrivals,
+    capacity,
+    parts,
+    percentile,
+    spread,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,10 +68,10 @@ def test_other_points_are_refused(text):
 
 
 def test_the_capacity_holds_every_point():
-    need = capacity(ALL_POINTS)
+    need = capacity(point for point in ALL_POINTS if point.kind != "served")
     assert need.sequences == 32
     assert need.length >= 2048 + 32
-    assert capacity([Point("served", 64, 0)]).sequences == 32
+    assert capacity([Point("served", 64, 0)]).sequences == 64
     assert capacity([Point("served", 64, 0)]).length >= 2 * LONGEST
 
 
@@ -120,6 +131,21 @@ def test_the_answer_is_found_among_a_librarys_prints():
     answer = Answer({"prefill:8": 1.5}, {"served:2": "no"}, {"v": "1"}, {"load s": 2.0}, [1, 2])
     assert Answer.find(f"hello\nhalf a line {answer.write()}\nbye") == answer
     assert Answer.find("hello\n") is None
+
+
+def test_a_served_workload_has_a_worker_of_its_own_and_one_answer_comes_of_both():
+    points = ["decode:1:64", "served:4", "prefill:8"]
+    assert parts(points) == [["decode:1:64", "prefill:8"], ["served:4"]]
+    assert parts(["served:4"]) == [["served:4"]]
+    steps = Answer({"decode:1:64": 2.0}, {"prefill:8": "no"}, {"v": "1"}, {"load s": 2.0}, [1])
+    served = Answer({"served:4": 3.0}, {}, {"v": "1"}, {"load s": 5.0, "wait s": 1.0}, [1])
+    both = joined([(points[::2], steps), (points[1:2], served)])
+    assert both.figures == {"decode:1:64": 2.0, "served:4": 3.0}
+    assert both.reasons == {"prefill:8": "no"}
+    assert both.extra == {"load s": 2.0, "wait s": 1.0}
+    assert (both.notes, both.probe) == ({"v": "1"}, [1])
+    dead = joined([(points[::2], steps), (points[1:2], Answer(reasons={"all": "ended"}))])
+    assert dead.reasons == {"prefill:8": "no", "served:4": "ended"}
 
 
 @pytest.mark.parametrize(
