@@ -27,6 +27,7 @@ from quire.contract.attention import (
 from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, HostCopy, MemoryInfo
 from quire.contract.executor import Executor, ExecutorInit, KVBudget
 from quire.contract.host_device import HostDevice, HostDeviceOptions
+from quire.contract.host_memory import HostArena
 from quire.contract.kv import NULL_BLOCK, Allocation, BlockCopy, KVAllocator, KVInit, KVStats, PrefixHit, PrefixQuery
 from quire.contract.metrics import MetricsInit, MetricsSink, RequestStats, StepStats
 from quire.contract.model import CausalLM, LayerFactory, ModelInit, ModelSpec, StepContext
@@ -125,6 +126,7 @@ __all__ = [
     "GraphRunner",
     "GraphSupport",
     "HeadNorm",
+    "HostArena",
     "HostCopy",
     "HostDevice",
     "HostDeviceOptions",

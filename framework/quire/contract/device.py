@@ -123,6 +123,13 @@ class Device(ABC):
     def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A zeroed CPU tensor that copies to the device fast (pinned, where that exists)."""
 
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A zeroed tensor for the KV cache, which may take most of the device's memory.
+
+        Raises torch.OutOfMemoryError, RuntimeError or MemoryError if there is not so much.
+        """
+        return torch.zeros(*shape, dtype=dtype, device=self.torch_device())
+
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until all work that was handed to the device has ended."""

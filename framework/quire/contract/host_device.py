@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, MemoryInfo
+from quire.contract.host_memory import host_zeros
 
 CGROUP_LIMITS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
@@ -63,6 +65,9 @@ class HostDevice(Device):
 
     def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.zeros(*shape, dtype=dtype)
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return host_zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(*shape)
 
     def synchronize(self) -> None:
         """Every operation has ended when its call returns."""

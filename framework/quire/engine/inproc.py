@@ -159,10 +159,9 @@ class InprocExecutor(Executor):
         return [backend.kv_spec(layer, self._config.block_size, self._config.cache_dtype) for layer in layers]
 
     def _make_caches(self, num_blocks: int) -> tuple[KVCaches, ...]:
-        device = self._device.torch_device()
         try:
             return tuple(
-                tuple(torch.zeros(num_blocks, *spec.shape, dtype=spec.dtype, device=device) for spec in specs)
+                tuple(self._device.zeros((num_blocks, *spec.shape), spec.dtype) for spec in specs)
                 for specs in self._kv_specs()
             )
         except (RuntimeError, MemoryError) as error:

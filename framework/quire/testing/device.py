@@ -52,6 +52,21 @@ class DeviceConformance:
         device.synchronize()
         assert int(copied.sum()) == 5
 
+    def test_zeros(self, device: Device) -> None:
+        """Memory for caches is zeroed, on the device, and each tensor's own.
+
+        If it fails: leave `zeros` to the base class.
+        """
+        first, second = (device.zeros((3, 2, 5), torch.bfloat16) for _ in range(2))
+        assert (first.shape, first.dtype, first.device.type) == (
+            (3, 2, 5),
+            torch.bfloat16,
+            device.torch_device().type,
+        )
+        first.fill_(1.0)
+        assert not second.any()
+        assert first.all()
+
     def test_runner(self, device: Device) -> None:
         """Work runs eagerly without a key, and gives its result for every key that is offered, each time anew.
 

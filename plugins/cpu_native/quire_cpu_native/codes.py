@@ -32,6 +32,7 @@ class NativeQuantLinear:
     def __init__(self, spec: QuantLinearSpec, kernels: Native, kernel: str = "codes_linear") -> None:
         self.spec = spec
         self._inputs, self._outputs = spec.in_features, spec.out_features
+        self._memory = kernels.memory
         self._pack = kernels.function("codes_pack")
         self._weight = kernels.function("codes_weight")
         self._run = kernels.function(kernel, spec.dtype)
@@ -41,10 +42,11 @@ class NativeQuantLinear:
         word = 32 // bits
         depth = spec.num_groups * -(-spec.group_size // word) * word
         panels = -(-spec.out_features // PANEL)
-        packed = torch.empty(panels * PANEL * depth * bits // 8, dtype=torch.uint8)
+        packed = self._memory.empty(panels * PANEL * depth * bits // 8)
         halves = scales.half()
         exact = bool((halves.float() == scales).all())
-        tensors = (packed, _panels(halves if exact else scales), *(() if zeros is None else (_panels(zeros),)))
+        beside = (halves if exact else scales, *(() if zeros is None else (zeros,)))
+        tensors = (packed, *(self._panels(each) for each in beside))
         fields = CodesFields(
             codes=packed.data_ptr(),
             scales=tensors[1].data_ptr(),
@@ -72,9 +74,8 @@ class NativeQuantLinear:
         self._weight(state.place, out.data_ptr())
         return out.to(self.spec.dtype)
 
-
-def _panels(values: Tensor) -> Tensor:
-    """[N, G] -> [panels, G, 64]"""
-    outputs = values.shape[0]
-    padded = torch.nn.functional.pad(values, (0, 0, 0, -outputs % PANEL))
-    return padded.view(-1, PANEL, values.shape[1]).transpose(1, 2).contiguous()
+    def _panels(self, values: Tensor) -> Tensor:
+        """[N, G] -> [panels, G, 64]"""
+        padded = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[0] % PANEL))
+        panels = padded.view(-1, PANEL, values.shape[1]).transpose(1, 2)
+        return self._memory.empty(panels.nbytes).view(values.dtype).view(panels.shape).copy_(panels)

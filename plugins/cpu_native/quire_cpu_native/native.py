@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from quire.plugin import HostArena
 from torch import Tensor
 
 from quire_cpu_native.build import built
@@ -127,9 +128,11 @@ class Native:
 
     Attributes:
         pool: address of the pool.
+        memory: for weights.
     """
 
     def __init__(self, path: Path, threads: int) -> None:
+        self.memory = HostArena()
         self._library = ctypes.CDLL(str(path))
         self._library.quire_pool_new.restype = ctypes.c_void_p
         self._library.quire_pool_new.argtypes = (ctypes.c_int64,)
