@@ -1,6 +1,7 @@
 """Kernels against float64 over random shapes; a row's bits alone, in a batch, and with any number of threads."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quire.plugin import GatedActSpec, LinearSpec, OpInit, QuantLinearSpec, RMSNormSpec
 from quire.testing.op import quantized
-from quire_cpu_native.build import built, missing
+from quire_cpu_native import ops
+from quire_cpu_native.build import FLAGS, built, missing
 from quire_cpu_native.codes import NativeQuantLinear
 from quire_cpu_native.native import Native
 from quire_cpu_native.ops import NativeA8Ops, NativeOps
@@ -149,6 +151,24 @@ def test_a_row_of_8_bit_inputs_has_the_same_bits_in_any_batch(threads, bits):
     for run in runs:
         for first, last in ((0, 600), *((17, 17 + count) for count in (1, 2, 3, 4, 5, 30))):
             assert torch.equal(run(x[first:last].clone()), whole[first:last]), (first, last)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+@pytest.mark.parametrize("isa", list(FLAGS))
+def test_inputs_that_may_have_8_bits_get_them_where_that_is_fast(isa, dtype, monkeypatch):
+    monkeypatch.setattr(ops, "best_isa", lambda: isa)
+    op_set, spec = NativeOps(OpInit(torch.device("cpu"), 16)), spec_of(512, 70, dtype, 4)
+    x = torch.randn(3, 512, generator=seeded(1)).to(dtype)
+
+    def result(op):
+        return op(x, op.pack(*quantized(spec, seeded(0))))
+
+    eight = isa in ops.FAST_BYTES and dtype is torch.bfloat16
+    kernel = ops.A8 if eight else ops.A16
+    named, allowed = NativeQuantLinear(spec, op_set._native, kernel), op_set.build(replace(spec, input_bits=8))
+    assert torch.equal(result(allowed), result(named))
+    assert torch.equal(result(op_set.build(spec)), result(NativeQuantLinear(spec, op_set._native)))
+    assert torch.equal(result(allowed), result(op_set.build(spec))) is not eight
 
 
 def test_inputs_of_8_bits_are_for_bfloat16():

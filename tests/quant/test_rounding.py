@@ -11,7 +11,7 @@ from quire.testing.tiny_models import make_checkpoint
 from quire_quant import rounding
 from quire_quant.codes import Form
 from quire_quant.kernels import DequantOps
-from quire_quant.rounding import Int4Method, Int8Method, Int8Options, rounded
+from quire_quant.rounding import Int4Method, Int4Options, Int8Method, Int8Options, rounded
 
 INIT = QuantInit({}, {}, torch.device("cpu"), torch.float32, Int8Options(group_size=32), op=reference_op)
 
@@ -57,6 +57,14 @@ def test_the_head_has_8_bits_or_is_left_alone(method):
     assert method(replace(INIT, options=Int8Options(group_size=32, head_bits=16))).linear(spec, (spec,)) is None
     slow = replace(INIT, op=DequantOps(OpInit(torch.device("cpu"), 64)).build)
     assert method(slow).linear(spec, (spec,)) is None
+
+
+@pytest.mark.parametrize(("method", "options", "bits"), [(Int8Method, Int8Options, 16), (Int4Method, Int4Options, 8)])
+def test_inputs_may_have_8_bits_by_option_and_where_weights_have_4(method, options, bits):
+    spec = LinearSpec(128, 10, False, torch.bfloat16, name="a.b")
+    for given, allowed in ((None, bits), (options(input_bits=8), 8), (options(input_bits=16), 16)):
+        layer = method(replace(INIT, options=given)).linear(spec, (spec,))
+        assert layer.operation().input_bits == allowed
 
 
 def test_rounding_in_pieces_leaves_the_weight_and_every_row_as_it_is(monkeypatch):

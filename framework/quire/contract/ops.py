@@ -86,6 +86,8 @@ class QuantLinearSpec(OpSpec):
         zeros: `middle`: all are 2**(bits - 1); `integer`: whole numbers in [0, 2**bits); `real`: any.
         dtype: of x and of the result.
         deterministic: as in `LinearSpec`. name: as there.
+        input_bits: 8: the weights are coarse enough that x may be rounded to whole numbers of 8 bits, a scale for each
+            row and group of inputs. 16: not to fewer than its dtype has. More bits than these are always right.
     """
 
     kind: ClassVar[str] = "quant_linear"
@@ -97,6 +99,7 @@ class QuantLinearSpec(OpSpec):
     dtype: torch.dtype
     deterministic: bool = False
     name: str = ""
+    input_bits: Literal[8, 16] = 16
 
     @property
     def num_groups(self) -> int:

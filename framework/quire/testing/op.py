@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -133,8 +133,21 @@ class OpConformance:
         the middle is 2**(bits - 1).
         """
         bits, group_size, kind = code
-        spec = QuantLinearSpec(192, outputs, bits, group_size, kind, dtype)
-        op, generator = self.build(op_set, spec), _seeded(bits)
+        self.check_codes(op_set, QuantLinearSpec(192, outputs, bits, group_size, kind, dtype))
+
+    @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+    def test_quant_linear_whose_inputs_may_have_8_bits(self, op_set: OpSet, dtype: torch.dtype) -> None:
+        """Such inputs are close enough to those given.
+
+        If it fails: give each row and group of inputs a scale of its own, or keep all their bits, which is always
+        right.
+        """
+        self.check_codes(op_set, QuantLinearSpec(192, 70, 4, 32, "middle", dtype, input_bits=8))
+
+    def check_codes(self, op_set: OpSet, spec: QuantLinearSpec) -> None:
+        """Compare the operation with the weight in float64."""
+        outputs, dtype = spec.out_features, spec.dtype
+        op, generator = self.build(op_set, spec), _seeded(spec.bits)
         codes, scales, zeros = quantized(spec, generator)
         state = op.pack(codes.clone(), scales.clone(), None if zeros is None else zeros.clone())
         weight = op.weight(state)
@@ -172,7 +185,7 @@ class OpConformance:
         self.close(op(x, logits, up, down), exact, torch.float32)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("kind", ["linear", "quant_linear", "rms_norm", "gated_act"])
+    @pytest.mark.parametrize("kind", ["linear", "quant_linear", "coarse quant_linear", "rms_norm", "gated_act"])
     def test_values_of_neighbours_do_not_matter(self, op_set: OpSet, kind: str, dtype: torch.dtype) -> None:
         """In a batch of one size a row's bits depend on that row alone, deterministic form or not; NaN and large values
         in other rows stay there.
@@ -189,7 +202,9 @@ class OpConformance:
             assert torch.equal(function(changed)[4], alone), f"{kind} sees {other} in other rows"
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("kind", ["linear", "quant_linear", "rms_norm", "gated_act", "odd gated_act", "moe"])
+    @pytest.mark.parametrize(
+        "kind", ["linear", "quant_linear", "coarse quant_linear", "rms_norm", "gated_act", "odd gated_act", "moe"]
+    )
     def test_deterministic_forms_do_not_see_their_neighbours(
         self, op_set: OpSet, kind: str, dtype: torch.dtype
     ) -> None:
@@ -220,8 +235,9 @@ class OpConformance:
             up = torch.randn(4, 82, size, generator=_seeded(3)).to(dtype) / 50
             down = torch.randn(4, size, 41, generator=_seeded(4)).to(dtype) / 50
             return lambda x: moe(x, x[:, :4].contiguous(), up, down)
-        if kind == "quant_linear":
-            spec = QuantLinearSpec(size, 208, 4, 32, "integer", dtype, deterministic)
+        if kind.endswith("quant_linear"):
+            input_bits: Literal[8, 16] = 8 if kind.startswith("coarse") else 16
+            spec = QuantLinearSpec(size, 208, 4, 32, "integer", dtype, deterministic, input_bits=input_bits)
             quant = self.build(op_set, spec)
             packed = quant.pack(*quantized(spec, _seeded(5)))
             return lambda x: quant(x, packed)

@@ -22,15 +22,23 @@ from quire.plugin import (
 )
 from torch import Tensor
 
+from quire_cpu_native.build import best_isa
 from quire_cpu_native.codes import NativeQuantLinear
 from quire_cpu_native.native import PANEL, SUFFIXES, Native, native, rows_of
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 """In the order of rows.cpp."""
+A8, A16 = "codes_linear_a8", "codes_linear"
+"""Kernels for codes, by the bits of their inputs in bfloat16."""
+FAST_BYTES = frozenset({"avx512bf16"})
+"""Instruction sets on which inputs of 8 bits are as fast as those of 16 or faster for any number of rows."""
 
 
 class NativeOps(OpSet):
-    """Linears, plain and in codes, norms and gated activations, in float32 and bfloat16."""
+    """Linears, plain and in codes, norms and gated activations, in float32 and bfloat16.
+
+    Codes whose specification lets inputs have 8 bits get such a kernel where it is the faster one.
+    """
 
     kinds = frozenset({"rms_norm", "gated_act", "linear", "quant_linear"})
 
@@ -56,7 +64,8 @@ class NativeOps(OpSet):
         if isinstance(spec, LinearSpec):
             return NativeLinear(spec, self._native)
         if isinstance(spec, QuantLinearSpec):
-            return NativeQuantLinear(spec, self._native)
+            eight = spec.input_bits == 8 and spec.dtype is torch.bfloat16 and best_isa() in FAST_BYTES
+            return NativeQuantLinear(spec, self._native, A8 if eight else A16)
         raise UnsupportedModel(f"operation {spec.kind!r} is not one of {sorted(self.kinds)}")
 
 
@@ -80,7 +89,7 @@ class NativeA8Ops(OpSet):
 
     def build(self, spec: OpSpec) -> QuantLinearOp:
         assert isinstance(spec, QuantLinearSpec)
-        return NativeQuantLinear(spec, self._native, "codes_linear_a8")
+        return NativeQuantLinear(spec, self._native, A8)
 
 
 class NativeRMSNorm:
@@ -133,13 +142,15 @@ class NativeLinear:
     def __init__(self, spec: LinearSpec, kernels: Native) -> None:
         self.spec = spec
         self._inputs, self._outputs = spec.in_features, spec.out_features
+        self._memory = kernels.memory
         self._pack = kernels.function("linear_pack", spec.dtype)
         self._run = kernels.function("linear", spec.dtype)
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> LinearState:
         outputs, inputs = weight.shape
         depth = inputs + inputs % 2 if self.spec.dtype is torch.bfloat16 else inputs
-        packed = weight.new_empty(-(-outputs // PANEL) * depth * PANEL)
+        count = -(-outputs // PANEL) * depth * PANEL
+        packed = self._memory.empty(count * weight.itemsize).view(weight.dtype)
         weight = weight.contiguous()
         self._pack(weight.data_ptr(), packed.data_ptr(), outputs, inputs)
         return LinearState(packed, None if bias is None else bias.contiguous())

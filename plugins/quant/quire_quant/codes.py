@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from quire.plugin import LinearSpec, QuantLinearSpec
@@ -15,10 +16,12 @@ class Form:
 
     Attributes:
         bits: per code. group_size: inputs that share a scale; the layer's inputs for one scale per output.
+        input_bits: as in `QuantLinearSpec`.
     """
 
     bits: int
     group_size: int
+    input_bits: Literal[8, 16] = 16
 
     def spec(self, layer: LinearSpec, *, has_zeros: bool) -> QuantLinearSpec:
         """The operation that multiplies by such codes of a layer."""
@@ -31,6 +34,7 @@ class Form:
             dtype=layer.dtype,
             deterministic=layer.deterministic,
             name=layer.name,
+            input_bits=self.input_bits,
         )
 
 

@@ -44,10 +44,15 @@ class Int8Options(BaseModel):
     """Inputs that share a scale; a layer whose inputs it does not divide stays unquantized."""
     head_bits: Literal[8, 16] = 8
     """Of the output head; 16 leaves it unquantized, and so does the lack of a kernel faster than `dequant`."""
+    input_bits: Literal[8, 16] = 16
+    """8 lets kernels round a layer's inputs to 8 bits too, where that is faster."""
 
 
 class Int4Options(Int8Options):
     """Options of the `int4` method."""
+
+    input_bits: Literal[8, 16] = 8
+    """8 lets kernels round a layer's inputs to 8 bits too, where that is faster: weights of 4 bits cost far more."""
 
     group_size: int = Field(default=32, ge=16)
     """Inputs that share a scale; a layer whose inputs it does not divide stays unquantized."""
@@ -68,7 +73,7 @@ class RoundingMethod(QuantMethod):
         bits = self._options.head_bits if last == HEAD else self.bits
         if spec.in_features % group or last in UNQUANTIZED or bits > 8:
             return None
-        layer = RoundedLinear(spec, Form(bits, group), self.init)
+        layer = RoundedLinear(spec, Form(bits, group, self._options.input_bits), self.init)
         if last == HEAD and isinstance(self.init.op(layer.operation()), Dequant):
             return None  # which would take longer for the head than all layers take
         return layer
