@@ -14,6 +14,8 @@ SHORTEST, LONGEST = 16, 256
 """Tokens in, and tokens out, of the served workload's requests."""
 ARRIVALS_PER_SECOND = 4.0
 """More than two cores can serve at these models' size, so that a queue forms and batching shows."""
+ROOM = 16
+"""Tokens that a request may take beyond its own."""
 FIRST_TOKEN = 10
 """Ids below it are left to special tokens."""
 
@@ -67,19 +69,21 @@ QUICK_POINTS = (Point("decode", 1, 64), Point("decode", 8, 64), Point("prefill",
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What an engine must hold: `sequences` at once, each of at most `length` tokens."""
+    """What an engine must hold: `sequences` at once, each of at most `length` tokens, and of `tokens` together."""
 
     sequences: int
     length: int
+    tokens: int
 
 
 def capacity(points: Iterable[Point]) -> Capacity:
     """What the points need. All requests of a served workload may run at once: not every peer can be held to fewer."""
-    sequences, length = 1, LONGEST
+    sequences, longest, tokens = 1, LONGEST, LONGEST
     for point in points:
-        sequences = max(sequences, point.batch)
-        length = max(length, 2 * LONGEST if point.kind == "served" else point.context + NEW_TOKENS)
-    return Capacity(sequences, length + 16)
+        length = (2 * LONGEST if point.kind == "served" else point.context + NEW_TOKENS) + ROOM
+        sequences, longest = max(sequences, point.batch), max(longest, length)
+        tokens = max(tokens, point.batch * length)
+    return Capacity(sequences, longest, tokens)
 
 
 def parts(points: Sequence[str]) -> list[list[str]]:

@@ -72,7 +72,7 @@ class Peer:
         need = capacity(map(Point.parse, request.points))
         config = json.loads((Path(path) / "config.json").read_text())
         scheduler = genai.SchedulerConfig()
-        scheduler.num_kv_blocks = need.sequences * (need.length // 16 + 2)
+        scheduler.num_kv_blocks = need.tokens // 16 + 2 * need.sequences
         scheduler.max_num_seqs = need.sequences
         scheduler.max_num_batched_tokens = 2048
         scheduler.enable_prefix_caching = False

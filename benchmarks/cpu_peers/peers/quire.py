@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +35,7 @@ class Peer:
             dtype="bfloat16",
             quantization="int4" if request.precision == "int4" else None,
             quant_kernel=self.quant_kernel,
-            num_kv_blocks=need.sequences * (math.ceil(need.length / BLOCK) + 1) + 1,
+            num_kv_blocks=need.tokens // BLOCK + 2 * need.sequences + 1,
             max_num_seqs=need.sequences,
             max_model_len=need.length,
             block_size=BLOCK,

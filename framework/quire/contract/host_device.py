@@ -67,7 +67,9 @@ class HostDevice(Device):
         return torch.zeros(*shape, dtype=dtype)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return host_zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(*shape)
+        # Cleared once more by all threads: so it is there before the first request, which would wait for the system
+        # (and that for its host, if it is a virtual machine).
+        return host_zeros(math.prod(shape) * dtype.itemsize).zero_().view(dtype).view(*shape)
 
     def synchronize(self) -> None:
         """Every operation has ended when its call returns."""

@@ -21,8 +21,7 @@ ALIGNMENT = 64
 def host_zeros(num_bytes: int) -> Tensor:
     """Zeroed memory, uint8 [num_bytes], which begins at a large page.
 
-    The system gives it page by page as it is first written, so that even very much of it costs no time here. Raises
-    MemoryError if it refuses.
+    The system gives it page by page as it is first written. Raises MemoryError if it refuses.
     """
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
     try:
