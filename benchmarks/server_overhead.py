@@ -2,14 +2,17 @@
 
     python benchmarks/server_overhead.py [--streams 64] [--tokens 64 256] [--rounds 5] [--threads N] [--json FILE]
 
-Both ways run in turn, each over an engine in a child process (`quire serve`'s default) on the bundled model. The
-engine computes with --threads threads in both ways; by default with all processors, as `quire serve` does. The server
-then takes turns with it; with one thread fewer it runs beside it. The clients of the HTTP streams run in a process of
-their own that does no more than read, since elsewhere they have machines of their own; here they share the processors
-with server and engine, so that on few of them the ratio holds their work too. What counts is the ratio of medians. A
-request has its price too, which weighs more on short answers: so two lengths are measured. Beside the time that
-passes stands the processor time of server and engine alone, without the clients: it can be measured on a machine that
-is busy otherwise.
+Both ways run in turn, each over an engine in a child process (`quire serve`'s default) on the bundled model. Three
+clocks are read. The first tells the time per token while all streams are running: from the first token of the last one
+to the first one's end. `whole` divides a round's time by its tokens: there the price of taking requests is in, which
+come all at once, and weighs more on short answers; so two lengths are measured. `busy` is the processor time of server
+and engine alone, without the clients: it can be measured on a machine that is busy otherwise. What counts is the ratio
+of medians.
+
+The engine computes with --threads threads in both ways; by default with all processors, as `quire serve` does. The
+server then takes turns with it; with one thread fewer it runs beside it. The clients of the HTTP streams run in a
+process of their own that does no more than read, since elsewhere they have machines of their own; here they share the
+processors with server and engine, so that on few of them the ratio holds their work too.
 """
 
 from __future__ import annotations
@@ -29,13 +32,9 @@ import psutil
 from figures import show
 from quire import AsyncLLM, SamplingParams
 from quire.commands import spare_what_stays
+from streams_client import Progress, prompt
 
 OPTIONS: dict[str, Any] = {"max_num_seqs": 64, "num_kv_blocks": 1200, "process": True}
-
-
-def prompt(index: int) -> str:
-    """A prompt that shares nothing with others."""
-    return f"{index}: tell me about it"
 
 
 def busy(llm: AsyncLLM) -> float:
@@ -44,50 +43,20 @@ def busy(llm: AsyncLLM) -> float:
     return time.process_time() + child.user + child.system
 
 
-async def direct(llm: AsyncLLM, streams: int, tokens: int) -> float:
-    """Seconds until every stream has ended, through the engine's own interface."""
-    began = time.perf_counter()
+async def direct(llm: AsyncLLM, streams: int, tokens: int) -> tuple[float, float]:
+    """As `Progress.result`, through the engine's own interface."""
+    progress = Progress(streams)
 
     async def one(index: int) -> None:
         params = SamplingParams(temperature=0.8, seed=index, max_tokens=tokens, ignore_eos=True)
-        async for _ in llm.stream(prompt(index), params):
-            pass
+        is_first = True
+        async for delta in llm.stream(prompt(index), params):
+            progress.came(len(delta.token_ids), is_first=is_first)
+            is_first = False
+        progress.ended()
 
     await asyncio.gather(*(one(index) for index in range(streams)))
-    return time.perf_counter() - began
-
-
-CLIENT = """
-import json, selectors, socket, sys, time
-url, streams, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-host, port = url.removeprefix("http://").split(":")
-
-def request(index):
-    body = json.dumps({"prompt": f"{index}: tell me about it", "temperature": 0.8, "seed": index,
-                       "max_tokens": tokens, "ignore_eos": True, "stream": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\\r\\nHost: {host}\\r\\nContent-Type: application/json\\r\\n"
-    return head.encode() + f"Content-Length: {len(body)}\\r\\nConnection: close\\r\\n\\r\\n".encode() + body
-
-def round_():
-    waiting = selectors.DefaultSelector()
-    for index in range(streams):
-        connection = socket.create_connection((host, int(port)))
-        connection.sendall(request(index))
-        waiting.register(connection, selectors.EVENT_READ, [])
-    while waiting.get_map():
-        for key, _ in waiting.select():
-            data = key.fileobj.recv(65536)
-            key.data.append(data)
-            if not data:
-                assert b"data: [DONE]" in b"".join(key.data[-3:]), key.data[-3:]
-                waiting.unregister(key.fileobj)
-                key.fileobj.close()
-
-while sys.stdin.readline():
-    began = time.perf_counter()
-    round_()
-    print(time.perf_counter() - began, flush=True)
-"""
+    return progress.result()
 
 
 def serve(llm: AsyncLLM, **settings: Any) -> tuple[str, Any, threading.Thread]:
@@ -107,8 +76,9 @@ def serve(llm: AsyncLLM, **settings: Any) -> tuple[str, Any, threading.Thread]:
 
 
 def compare(llm: AsyncLLM, url: str, streams: int, tokens: int, rounds: int) -> dict[str, float]:
-    """Microseconds per token both ways and their ratio, by the clock and by processor time: medians of the rounds."""
-    arguments = [sys.executable, "-c", CLIENT, url, str(streams), str(tokens)]
+    """Microseconds per token both ways and their ratio, by three clocks: medians of the rounds."""
+    client_path = Path(__file__).with_name("streams_client.py")
+    arguments = [sys.executable, str(client_path), url, str(streams), str(tokens)]
     alone, served = [], []
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client:
         assert client.stdin is not None
@@ -117,16 +87,17 @@ def compare(llm: AsyncLLM, url: str, streams: int, tokens: int, rounds: int) -> 
             began = busy(llm)
             client.stdin.write("go\n")
             client.stdin.flush()
-            over_http = float(client.stdout.readline()), busy(llm) - began
+            whole, steady = map(float, client.stdout.readline().split())
+            over_http = steady, whole / streams / tokens, (busy(llm) - began) / streams / tokens
             began = busy(llm)
-            without = asyncio.run(direct(llm, streams, tokens)), busy(llm) - began
+            whole, steady = asyncio.run(direct(llm, streams, tokens))
+            without = steady, whole / streams / tokens, (busy(llm) - began) / streams / tokens
             if round_:  # the first one warms up
                 alone.append(without)
                 served.append(over_http)
     figures = {}
-    for index, kind in enumerate(("", "busy ")):
-        pair = (statistics.median(times[index] for times in way) for way in (alone, served))
-        engine, server = (1e6 * seconds / streams / tokens for seconds in pair)
+    for index, kind in enumerate(("", "whole ", "busy ")):
+        engine, server = (1e6 * statistics.median(times[index] for times in way) for way in (alone, served))
         figures |= {f"{kind}engine us/token": engine, f"{kind}server us/token": server, f"{kind}ratio": server / engine}
     return figures
 

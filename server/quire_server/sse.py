@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -88,12 +88,38 @@ class Encoder:
         return b"".join(event(chunk, None if self.name is None else self.name(chunk)) for chunk in chunks)
 
 
+class Beat:
+    """A clock that the streams of an event loop share, one timer for all that wait for its next stroke.
+
+    Args:
+        seconds: between two strokes, at least.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._waiting: list[asyncio.Future[None]] = []
+
+    def stroke(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
+        """Done at the next one."""
+        if not self._waiting:
+            loop.call_later(self.seconds, self._strike)
+        self._waiting.append(loop.create_future())
+        return self._waiting[-1]
+
+    def _strike(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+
 @dataclass(frozen=True, slots=True)
 class StreamLimits:
-    """Seconds of silence until a comment is sent, and that one write may take."""
+    """Seconds of silence until a comment is sent, and that one write may take; and what sets the pace of writes."""
 
     keepalive: float
     write_timeout: float
+    beat: Beat = field(default_factory=lambda: Beat(0.0))
 
 
 class EventStream(Response):
@@ -150,8 +176,10 @@ class EventStream(Response):
 class Pipe:
     """Bytes on their way to a client that may be slow to read; what waits goes out together.
 
-    A comment is sent in silence, since proxies close a stream on which nothing happens while a long
-    prompt is computed. `run` is for a task of its own: so a token wakes a short stack, not the whole application's.
+    A write costs more than a small model takes for a token: so one that follows another closely waits for the beat, and
+    takes along what comes until then. A comment is sent in silence, since proxies close a stream on which nothing
+    happens while a long prompt is computed. `run` is for a task of its own: so a token wakes a short stack, not the
+    whole application's.
     """
 
     def __init__(self, send: Send, limits: StreamLimits) -> None:
@@ -161,6 +189,7 @@ class Pipe:
         self._waits: asyncio.Future[None] | None = None
         self._is_closed = self._is_sending = False
         self._last = self._loop.time()
+        self._early_until = 0.0
 
     def write(self, piece: bytes) -> None:
         """Send this, when there is room."""
@@ -188,6 +217,8 @@ class Pipe:
                 if not self._pieces and not self._is_closed:
                     self._waits = self._loop.create_future()
                     await self._waits
+                if self._loop.time() < self._early_until and not self._is_closed:
+                    await self._limits.beat.stroke(self._loop)
                 body, is_open = b"".join(self._pieces), not self._is_closed
                 self._pieces.clear()
                 await self._write_out(body, more=is_open)
@@ -196,6 +227,7 @@ class Pipe:
 
     async def _write_out(self, body: bytes, *, more: bool) -> None:
         self._is_sending, self._last = True, self._loop.time()
+        self._early_until = self._last + self._limits.beat.seconds
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
         self._is_sending = False
 

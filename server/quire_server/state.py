@@ -13,7 +13,7 @@ from quire_server.admission import Admission
 from quire_server.errors import ApiError
 from quire_server.faults import Faults
 from quire_server.settings import ServerSettings
-from quire_server.sse import StreamLimits
+from quire_server.sse import Beat, StreamLimits
 
 
 @dataclass(slots=True)
@@ -25,6 +25,7 @@ class ServerState:
         admission: who may come in. metrics: renders the metrics, or None. created: when it was started.
         faults: answers that a broken model spoiled.
         is_leaving: told to stop; new requests are still taken until `admission` says otherwise.
+        limits: of streams.
     """
 
     llm: AsyncLLM
@@ -35,19 +36,17 @@ class ServerState:
     is_leaving: bool = False
     faults: Faults = field(default_factory=Faults)
     admission: Admission = field(init=False)
+    limits: StreamLimits = field(init=False)
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.settings.queue)
+        settings = self.settings
+        self.limits = StreamLimits(settings.sse_keepalive, settings.write_timeout, Beat(settings.sse_pace))
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names under which the model is served."""
         return self.settings.served_names or (self.llm.info.model,)
-
-    @property
-    def limits(self) -> StreamLimits:
-        """Of streams."""
-        return StreamLimits(self.settings.sse_keepalive, self.settings.write_timeout)
 
     def check_model(self, name: str | None) -> str:
         """The name to answer with. Raises ApiError for a model that is not served."""

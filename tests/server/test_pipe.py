@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from quire_server.sse import KEEP_ALIVE, EventStream, Pipe, StreamLimits
+from quire_server.sse import KEEP_ALIVE, Beat, EventStream, Pipe, StreamLimits
 
 LIMITS = StreamLimits(keepalive=15.0, write_timeout=60.0)
 
@@ -43,6 +43,63 @@ def test_what_waits_goes_out_together(instantly):
         return reader.read
 
     assert instantly(scenario()) == [b"a", b"b", b"cd", b"e"]
+
+
+def test_writes_keep_the_pace_and_streams_share_its_beat(instantly):
+    """A write that follows another closely goes out with what comes until the beat."""
+
+    async def scenario():
+        limits = StreamLimits(keepalive=15.0, write_timeout=60.0, beat=Beat(1.0))
+        loop, written = asyncio.get_running_loop(), []
+        began = loop.time()
+
+        def reader(name):
+            async def send(message):
+                written.append((name, round(loop.time() - began, 1), message["body"]))
+
+            return send
+
+        pipes = {name: Pipe(reader(name), limits) for name in "ab"}
+        tasks = [asyncio.create_task(pipe.run()) for pipe in pipes.values()]
+
+        async def write(name, piece, wait):
+            pipes[name].write(piece)
+            await asyncio.sleep(wait)
+
+        await write("a", b"1", 0.2)
+        await write("b", b"1", 0.2)
+        await write("a", b"2", 0.3)
+        await write("b", b"2", 0.3)
+        await write("a", b"3", 3)
+        await write("a", b"4", 0.2)
+        await write("a", b"5", 0.2)
+        for pipe in pipes.values():
+            pipe.close()
+        await asyncio.gather(*tasks)
+        return written
+
+    both = [("a", 1.4, b"23"), ("b", 1.4, b"2")]
+    end = [("b", 4.4, b""), ("a", 5.2, b"5")]
+    assert instantly(scenario()) == [("a", 0.0, b"1"), ("b", 0.2, b"1"), *both, ("a", 4.0, b"4"), *end]
+
+
+def test_a_stream_that_ends_while_it_waits_leaves_the_beat_to_others(instantly):
+    async def scenario():
+        limits, readers = StreamLimits(15.0, 60.0, Beat(1.0)), [Reader(), Reader()]
+        tasks = []
+        for reader in readers:
+            pipe = Pipe(reader.send, limits)
+            tasks.append(asyncio.create_task(pipe.run()))
+            pipe.write(b"1")
+            await asyncio.sleep(0.1)
+            pipe.write(b"2")
+        await asyncio.sleep(0.1)
+        tasks[0].cancel()
+        await asyncio.sleep(2)
+        tasks[1].cancel()
+        return [reader.read for reader in readers]
+
+    assert instantly(scenario()) == [[b"1"], [b"1", b"2"]]
 
 
 def test_comments_fill_silence_alone(instantly):
