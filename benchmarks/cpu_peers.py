@@ -25,7 +25,7 @@ from cpu_peers.environments import SOURCES, default_cache, interpreter, surround
 from cpu_peers.protocol import PRECISIONS, Answer, Request, Unavailable, ask, joined
 from cpu_peers.workload import ALL_POINTS, QUICK_POINTS, Point, parts
 
-PEERS = ("quire", "quire_a8", "llama_cpp", "openvino", "transformers")
+PEERS = ("quire", "quire_a16", "llama_cpp", "openvino", "transformers")
 PLOT_REQUIREMENTS = ("matplotlib",)
 
 

@@ -22,7 +22,7 @@ class Peer:
     """`LLM` and the engine's own `add` and `step`."""
 
     static = False
-    quant_kernel: str | None = None
+    input_bits = 8
 
     def __init__(self, path: str, request: Request) -> None:
         from quire import LLM, SamplingParams, __version__  # isort: skip  # before torch, so that its threads sleep
@@ -34,7 +34,7 @@ class Peer:
             path,
             dtype="bfloat16",
             quantization="int4" if request.precision == "int4" else None,
-            quant_kernel=self.quant_kernel,
+            plugin_options={"int4": {"input_bits": self.input_bits}},
             num_kv_blocks=need.tokens // BLOCK + 2 * need.sequences + 1,
             max_num_seqs=need.sequences,
             max_model_len=need.length,

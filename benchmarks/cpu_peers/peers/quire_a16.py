@@ -1,4 +1,4 @@
-"""Quire with its kernel for inputs of 8 bits, which llama.cpp and OpenVINO take for weights of 4 bits by themselves."""
+"""Quire with inputs of 16 bits, where weights of 4 bits let it take those of 8 bits, as llama.cpp and OpenVINO do."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ REQUIREMENTS, BUILD = quire.REQUIREMENTS, quire.BUILD
 def prepare(checkpoint: str, folder: str, precision: str) -> str:
     """As for Quire. Raises Unavailable if weights are not in codes."""
     if precision != "int4":
-        raise Unavailable("the kernel is for weights in codes")
+        raise Unavailable("the choice is for weights in codes")
     return quire.prepare(checkpoint, folder, precision)
 
 
 class Peer(quire.Peer):
     """The same engine."""
 
-    quant_kernel = "native_a8"
+    input_bits = 16
