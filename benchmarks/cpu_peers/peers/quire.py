@@ -34,7 +34,7 @@ class Peer:
             path,
             dtype="bfloat16",
             quantization="int4" if request.precision == "int4" else None,
-            plugin_options={"int4": {"input_bits": self.input_bits}},
+            plugin_options={"int4": {"input_bits": self.input_bits}} if request.precision == "int4" else {},
             num_kv_blocks=need.tokens // BLOCK + 2 * need.sequences + 1,
             max_num_seqs=need.sequences,
             max_model_len=need.length,
