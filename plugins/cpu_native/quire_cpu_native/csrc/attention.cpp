@@ -18,28 +18,28 @@ std::vector<Tile> tiles_of(const int32_t* starts, const int32_t* lengths, int64_
     return tiles;
 }
 
-// Heads of a tile go together as far as their rows find room and enough tasks are left for every thread.
-std::vector<Part> parts_of(const std::vector<Tile>& tiles, const Layer& layer, int64_t threads) {
+// Heads of a tile go together, as far as their rows find room, but at most `together`.
+std::vector<Part> parts_of(const std::vector<Tile>& tiles, const Layer& layer, int64_t together) {
     int64_t heads = layer.num_kv_heads, group = layer.num_heads / heads;
-    int64_t most = std::max<int64_t>(1, (int64_t)tiles.size() * heads / (4 * threads));
     std::vector<Part> parts;
     // The last tile of a request sees the most: it comes first.
     for (int64_t t = (int64_t)tiles.size() - 1; t >= 0; t--) {
-        int64_t together = std::max<int64_t>(1, std::min(most, MAX_ROWS / (group * tiles[t].queries)));
-        for (int64_t head = 0; head < heads; head += together)
-            parts.push_back({t, head, std::min(together, heads - head)});
+        int64_t some = std::max<int64_t>(1, std::min(together, MAX_ROWS / (group * tiles[t].queries)));
+        for (int64_t head = 0; head < heads; head += some)
+            parts.push_back({t, head, std::min(some, heads - head)});
     }
     return parts;
 }
 
 template <class T, class Kept>
-void whole_tiles(Pool& pool, const Problem<T, Kept>& problem, const std::vector<Tile>& tiles) {
-    auto parts = parts_of(tiles, problem.layer, pool.threads());
+void whole_parts(Pool& pool, const Problem<T, Kept>& problem, const std::vector<Tile>& tiles,
+                 const std::vector<Part>& parts) {
     pool.run((int64_t)parts.size(), [&](int64_t task, Scratch& scratch) {
-        Work<T, Kept> work(problem, tiles[parts[task].tile], parts[task], scratch);
+        const Tile& tile = tiles[parts[task].tile];
+        Work<T, Kept> work(problem, tile, parts[task], scratch);
         State one[MAX_ROWS], whole[MAX_ROWS];
         work.place(one, work.one), work.place(whole, work.whole);
-        int64_t first = work.first_split(), end = work.end_split();
+        int64_t first = problem.first_split(tile), end = tile.end_split();
         work.split(first, whole);  // as if merged with nothing
         for (int64_t s = first + 1; s < end; s++) work.split(s, one), work.merge(whole, one);
         work.finish(whole);
@@ -48,49 +48,52 @@ void whole_tiles(Pool& pool, const Problem<T, Kept>& problem, const std::vector<
 
 // Each split is a task of its own; one more round puts them together.
 template <class T, class Kept>
-void split_tiles(Pool& pool, const Problem<T, Kept>& problem, const std::vector<Tile>& tiles) {
+void split_parts(Pool& pool, const Problem<T, Kept>& problem, const std::vector<Tile>& tiles,
+                 const std::vector<Part>& parts) {
     struct Piece {
-        int64_t tile, split;
+        int64_t part, split;
     };
-    int64_t heads = problem.layer.num_kv_heads, v_size = Work<T, Kept>::padded(problem.layer.v_head_dim);
     std::vector<Piece> pieces;
     std::vector<int64_t> begins;
-    for (int64_t t = 0; t < (int64_t)tiles.size(); t++) {
-        Scratch unused;
-        Work<T, Kept> work(problem, tiles[t], {t, 0, 1}, unused);
+    for (const Part& part : parts) {
         begins.push_back((int64_t)pieces.size());
-        for (int64_t s = work.first_split(); s < work.end_split(); s++) pieces.push_back({t, s});
+        for (int64_t s = problem.first_split(tiles[part.tile]); s < tiles[part.tile].end_split(); s++)
+            pieces.push_back({(int64_t)begins.size() - 1, s});
     }
     begins.push_back((int64_t)pieces.size());
-    std::vector<State> states(pieces.size() * heads * MAX_ROWS);
-    float* memory = pool.shared(pieces.size() * heads * MAX_ROWS * v_size);
-    pool.run((int64_t)pieces.size() * heads, [&, heads, v_size](int64_t task, Scratch& scratch) {
-        int64_t tile = pieces[task / heads].tile;
-        Work<T, Kept> work(problem, tiles[tile], {tile, task % heads, 1}, scratch);
+    std::vector<State> states(pieces.size() * MAX_ROWS);
+    int64_t v_size = Work<T, Kept>::padded(problem.layer.v_head_dim);
+    float* memory = pool.shared(pieces.size() * MAX_ROWS * v_size);
+    pool.run((int64_t)pieces.size(), [&, v_size](int64_t task, Scratch& scratch) {
+        const Part& part = parts[pieces[task].part];
+        Work<T, Kept> work(problem, tiles[part.tile], part, scratch);
         State* own = &states[task * MAX_ROWS];
         work.place(own, memory + task * MAX_ROWS * v_size);
-        work.split(pieces[task / heads].split, own);
+        work.split(pieces[task].split, own);
     });
-    pool.run((int64_t)tiles.size() * heads, [&, heads](int64_t task, Scratch& scratch) {
-        int64_t tile = task / heads, head = task % heads;
-        Work<T, Kept> work(problem, tiles[tile], {tile, head, 1}, scratch);
+    pool.run((int64_t)parts.size(), [&](int64_t task, Scratch& scratch) {
+        Work<T, Kept> work(problem, tiles[parts[task].tile], parts[task], scratch);
         State whole[MAX_ROWS];
         work.place(whole, work.whole);
         std::fill(work.whole, work.whole + work.rows * work.v_size, 0.0f);
-        for (int64_t piece = begins[tile]; piece < begins[tile + 1]; piece++)
-            work.merge(whole, &states[(piece * heads + head) * MAX_ROWS]);
+        for (int64_t piece = begins[task]; piece < begins[task + 1]; piece++)
+            work.merge(whole, &states[piece * MAX_ROWS]);
         work.finish(whole);
     });
 }
 
+// As many heads together as leave enough tasks for every thread: what lies side by side is read at once.
 template <class T, class Kept>
 void attend(Pool& pool, const Problem<T, Kept>& problem, const int32_t* starts, const int32_t* lengths, int64_t num_rows) {
     auto tiles = tiles_of(starts, lengths, num_rows, std::max<int64_t>(1, MAX_ROWS / problem.group()));
     if (tiles.empty()) return;
-    if ((int64_t)tiles.size() * problem.layer.num_kv_heads < 4 * pool.threads())
-        split_tiles(pool, problem, tiles);
+    const Layer& layer = problem.layer;
+    int64_t heads = layer.num_kv_heads, enough = 4 * pool.threads(), num_tiles = (int64_t)tiles.size(), splits = 0;
+    for (const Tile& tile : tiles) splits += tile.end_split() - problem.first_split(tile);
+    if (splits == num_tiles || (int64_t)parts_of(tiles, layer, heads).size() >= enough)
+        whole_parts(pool, problem, tiles, parts_of(tiles, layer, num_tiles * heads / enough));
     else
-        whole_tiles(pool, problem, tiles);
+        split_parts(pool, problem, tiles, parts_of(tiles, layer, splits * heads / enough));
 }
 
 // Tokens behind the last row's must stay finite.

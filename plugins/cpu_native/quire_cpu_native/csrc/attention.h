@@ -1,28 +1,30 @@
 // Attention that reads the paged cache in place: q [T, Hq, D], k [blocks, block_size, Hkv, D], v likewise. A cache of
 // int8 has a scale for each position and head, [blocks, block_size, Hkv].
 //
-// The query heads of a KV head, over a few query tokens, form a tile. For each tile keys and values are read in chunks
-// of 32 positions. All sums run over absolute positions in one order: within a chunk, over the chunks of a split of 512,
-// over splits. Positions that a query does not see add nothing. So a query's bits depend neither on its tile, nor on
-// which thread computes which split.
+// The query heads of a KV head, over a few query tokens, form a tile. All sums run over absolute positions in one order:
+// within a split of 256, then over the splits. Keys and values of a split are read in pieces of 32 positions, first all
+// keys, then all values; in between scores become weights. Positions that a query does not see add nothing. So a query's
+// bits depend neither on its tile, nor on which thread computes which split.
 #pragma once
-#include <algorithm>
-#include <type_traits>
-
+#include "floats.h"
+#include "pairs.h"
 #include "pool.h"
-#include "simd.h"
 
 namespace quire {
 
-constexpr int64_t CHUNK = 32, SPLIT = 512, MAX_ROWS = 64;
+constexpr int64_t SPLIT = 256, MAX_ROWS = 64, AHEAD_HEADS = 2;
 const float NOTHING = -INFINITY;
 
-// Whether queries and keys are multiplied as they are, in pairs.
+// How queries meet keys, and weights meet values.
 template <class T, class Kept>
+struct ProductsOf {
+    using type = Floats<T, Kept>;
+};
 #if defined(QUIRE_ISA_AVX512BF16)
-constexpr bool IN_PAIRS = std::is_same<T, bf16>::value && std::is_same<Kept, bf16>::value;
-#else
-constexpr bool IN_PAIRS = false;
+template <>
+struct ProductsOf<bf16, bf16> {
+    using type = Pairs;
+};
 #endif
 
 // Fields as in `native.py`.
@@ -32,10 +34,11 @@ struct Layer {
     const float* sinks;                                                          // [Hq] or null
 };
 
-template <class Kept>
-struct Cache {
-    const Kept* elements;
-    const float* scales;  // null: none
+struct Tile {
+    int64_t row, token, position, queries;  // first query's place in the batch and in its request
+
+    int64_t end() const { return position + queries; }
+    int64_t end_split() const { return (end() - 1) / SPLIT + 1; }
 };
 
 // T: of queries and results, Kept: of the cache.
@@ -49,10 +52,10 @@ struct Problem {
     int64_t table_width, ldq;
 
     int64_t group() const { return layer.num_heads / layer.num_kv_heads; }
-};
-
-struct Tile {
-    int64_t row, token, position, queries;  // first query's place in the batch and in its request
+    int64_t first_seen(int64_t position) const {
+        return layer.window ? std::max<int64_t>(0, position - layer.window + 1) : 0;
+    }
+    int64_t first_split(const Tile& tile) const { return first_seen(tile.position) / SPLIT; }
 };
 
 // KV heads `head` to `head` + `heads` - 1 of a tile. Its rows are the first head's, then the next one's.
@@ -60,55 +63,37 @@ struct Part {
     int64_t tile, head, heads;
 };
 
-// Running maximum, sum of weights and weighted values of one query head; `values` [Dv].
-struct State {
-    float top, total;
-    float* values;
-};
-
 template <class T, class Kept>
 class Work {
    public:
-    // Memory for rows of queries, a chunk of keys or values, and scores.
+    // Memory for rows of queries, a piece of keys or values, scores of a split, and states.
     Work(const Problem<T, Kept>& problem, const Tile& tile, const Part& part, Scratch& scratch)
         : p(problem), tile(tile), head(part.head), heads(part.heads), group(problem.group()) {
         const Layer& l = p.layer;
         rows_of_head = group * tile.queries, rows = rows_of_head * heads;
-        size = padded(l.head_dim), v_size = padded(l.v_head_dim), paired = (l.head_dim + 2 * W - 1) / (2 * W) * 2 * W;
-        float* memory = scratch.floats(MAX_ROWS * (size + 2 * v_size + CHUNK) + CHUNK * std::max(size, v_size));
-        queries = memory, chunk = queries + MAX_ROWS * size, scores = chunk + CHUNK * std::max(size, v_size);
-        one = scores + MAX_ROWS * CHUNK, whole = one + MAX_ROWS * v_size;
-        for (int64_t r = 0; r < rows; r++) {
-            if constexpr (IN_PAIRS<T, Kept>)
-                pad(p.q + query(r), (bf16*)queries + r * paired, l.head_dim);
-            else
-                widen(p.q + query(r), queries + r * size, l.head_dim, size);
-        }
+        int64_t size = padded(l.head_dim);
+        v_size = padded(l.v_head_dim);
+        float* memory = scratch.floats(MAX_ROWS * (size + 2 * v_size + SPLIT) + PIECE * std::max(size, v_size));
+        one = memory, whole = one + MAX_ROWS * v_size, scores = whole + MAX_ROWS * v_size;
+        float* queries = scores + MAX_ROWS * SPLIT;
+        products = {queries, queries + MAX_ROWS * size, l.head_dim, l.v_head_dim, size, v_size};
+        for (int64_t r = 0; r < rows; r++) products.take_query(r, p.q + query(r));
     }
 
-    static int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
-
-    int64_t last() const { return tile.position + tile.queries - 1; }
-    int64_t first_seen(int64_t position) const {
-        return p.layer.window ? std::max<int64_t>(0, position - p.layer.window + 1) : 0;
-    }
-    int64_t first_split() const { return first_seen(tile.position) / SPLIT; }
-    int64_t end_split() const { return last() / SPLIT + 1; }
+    static int64_t padded(int64_t n) { return (n + Products::UNIT - 1) / Products::UNIT * Products::UNIT; }
 
     // Positions of one split -> states of all rows, from nothing.
     void split(int64_t index, State* states) {
-        for (int64_t r = 0; r < rows; r++) {
-            states[r].top = NOTHING, states[r].total = 0;
-            std::fill(states[r].values, states[r].values + v_size, 0.0f);
-        }
-        int64_t begin = std::max(index * SPLIT, first_seen(tile.position));
-        int64_t end = std::min((index + 1) * SPLIT, last() + 1);
+        at = index * SPLIT;
+        from = std::max(p.first_seen(tile.position) - at, (int64_t)0), end = std::min(tile.end() - at, SPLIT);
+        find_places();
+        if (!fetched) fetch_first();
         // Heads take turns, as they lie side by side in the cache.
-        for (int64_t at = begin / CHUNK * CHUNK; at < end; at += CHUNK) {
-            int64_t from = std::max(begin - at, (int64_t)0), some = std::min(end - at, CHUNK);
-            find_places(at, from, some);
-            for (int64_t h = 0; h < heads; h++) one_chunk(h, at, from, some, states + h * rows_of_head);
-        }
+        for (int64_t j = from / PIECE * PIECE; j < end; j += PIECE)
+            for (int64_t h = 0; h < heads; h++) score(h, j);
+        for (int64_t r = 0; r < rows; r++) weigh(r, states[r]);
+        for (int64_t j = from / PIECE * PIECE; j < end; j += PIECE)
+            for (int64_t h = 0; h < heads; h++) gather(h, j, states + h * rows_of_head);
     }
 
     // Adds one split's states to those of the splits before it.
@@ -133,6 +118,7 @@ class Work {
             }
             V inverse = set1(factor / total);
             T* to = p.out + (token(r) * l.num_heads + query_head(r)) * l.v_head_dim;
+            products.put_in_order(states[r].values);
             for (int64_t d = 0; d < l.v_head_dim; d += W) {
                 V value = mul(load(states[r].values + d), inverse);
                 int64_t left = l.v_head_dim - d;
@@ -147,105 +133,54 @@ class Work {
     }
 
     float *one, *whole;  // memory for states of a split, and of all
-    int64_t rows, size, v_size;
+    int64_t rows, v_size;
 
    private:
+    using Products = typename ProductsOf<T, Kept>::type;
+
     int64_t query_head(int64_t r) const { return (head + r / rows_of_head) * group + r % group; }
     int64_t token(int64_t r) const { return tile.token + r % rows_of_head / group; }
     int64_t query(int64_t r) const { return token(r) * p.ldq + query_head(r) * p.layer.head_dim; }
 
-    static void widen(const T* from, float* to, int64_t count, int64_t size) {
-        int64_t d = 0;
-        for (; d + W <= count; d += W) store(to + d, load(from + d));
-        if (d < size) store(to + d, load_some(from + d, count - d));
-    }
-    static void widen(const int8_t* from, float scale, float* to, int64_t count, int64_t size) {
-        int64_t d = 0;
-        for (; d + W <= count; d += W) store(to + d, mul(load(from + d), set1(scale)));
-        if (d < size) store(to + d, mul(load_some(from + d, count - d), set1(scale)));
-    }
-
-    void pad(const bf16* from, bf16* to, int64_t count) const {
-        memcpy(to, from, count * sizeof(bf16)), memset(to + count, 0, (paired - count) * sizeof(bf16));
-    }
-
-    // Where the first head's elements of a chunk's positions lie, counted in heads.
-    void find_places(int64_t at, int64_t from, int64_t end) {
+    // Where the first head's elements of a split's positions lie, counted in heads.
+    void find_places() {
         const Layer& l = p.layer;
         const int32_t* table = p.table + tile.row * p.table_width;
         int64_t block = (at + from) / l.block_size, inside = (at + from) % l.block_size;
-        for (int64_t j = from; j < end; j++) {
+        known = std::min(tile.end() - at, SPLIT + PIECE);
+        for (int64_t j = from; j < known; j++) {
             places[j] = (table[block] * l.block_size + inside) * l.num_kv_heads + head;
             if (++inside == l.block_size) inside = 0, block++;
         }
     }
 
-    // A head's elements lie apart from the next position's: the processor does not guess where it goes on. Into the second
-    // cache: what is fetched before it is used does not push out of the first what is used now.
-    static void fetch(const Kept* from, int64_t count) {
-#if defined(__GNUC__)
-        for (int64_t d = 0; d < count; d += 64 / (int64_t)sizeof(Kept)) __builtin_prefetch(from + d, 0, 2);
-#endif
+    // Behind the last position of the split that row r of a head's sees, or one of the three beside it, which are
+    // multiplied together with it.
+    int64_t row_end(int64_t r) const {
+        return std::min(end, tile.position + (r / 4 * 4 + 3) / group + 1 - at);
     }
 
-    // Rows `from` to `end` - 1 of a chunk of the cache, as floats [CHUNK][padded]; meanwhile what is read next is fetched.
-    void read(const Cache<Kept>& cache, int64_t dim, int64_t h, int64_t from, int64_t end, const Kept* next,
-              int64_t next_dim) {
-        int64_t wide = padded(dim);
-        for (int64_t j = from; j < end; j++) {
-            int64_t place = places[j] + h;
-            fetch(next + place * next_dim, next_dim);
-            if constexpr (sizeof(Kept) == 1)
-                widen(cache.elements + place * dim, cache.scales[place], chunk + j * wide, dim, wide);
-            else
-                widen(cache.elements + place * dim, chunk + j * wide, dim, wide);
-        }
+    // Scores of a head's rows with a piece's keys, that of the positions from j on.
+    void score(int64_t h, int64_t j) {
+        int64_t begin = std::max(from - j, (int64_t)0), stop = std::min(end - j, PIECE);
+        products.take_keys(p.keys, places + j, h, begin, stop, [&](int64_t i) QUIRE_INLINE { fetch_behind_key(h, j + i); });
+        by_fours([&](auto some, int64_t r) {
+            int64_t row = h * rows_of_head + r;
+            products.template score<some.value>(row, scores + row * SPLIT + j, SPLIT, std::min(stop, row_end(r) - j));
+        });
     }
 
-    // Addresses of a chunk's keys: in the cache, or of copies where they are no whole vectors. Values are fetched meanwhile.
-    void find_keys(int64_t h, int64_t from, int64_t end) {
-        int64_t dim = p.layer.head_dim, v_dim = p.layer.v_head_dim;
-        for (int64_t j = from; j < end; j++) {
-            int64_t place = places[j] + h;
-            fetch(p.values.elements + place * v_dim, v_dim);
-            keys[j] = (const bf16*)p.keys.elements + place * dim;
-            if (dim == paired) continue;
-            bf16* copy = (bf16*)chunk + j * paired;
-            pad(keys[j], copy, dim), keys[j] = copy;
-        }
-        std::fill(keys, keys + from, keys[from]), std::fill(keys + end, keys + CHUNK, keys[from]);
+    void gather(int64_t h, int64_t j, State* states) {
+        int64_t begin = std::max(from - j, (int64_t)0), stop = std::min(end - j, PIECE);
+        products.take_values(p.values, places + j, h, begin, stop, [&](int64_t i) QUIRE_INLINE { fetch_behind_value(h, j + i); });
+        by_fours([&](auto some, int64_t r) {
+            const Weight* weights = (const Weight*)(scores + (h * rows_of_head + r) * SPLIT) + j;
+            int64_t apart = SPLIT * sizeof(float) / sizeof(Weight);
+            products.template gather<some.value>(weights, apart, begin, std::min(stop, row_end(r) - j), states + r);
+        });
     }
 
-    void one_chunk(int64_t h, int64_t at, int64_t from, int64_t end, State* states) {
-        const Layer& l = p.layer;
-        if constexpr (IN_PAIRS<T, Kept>) {
-            find_keys(h, from, end);
-            const bf16* first = (const bf16*)queries + h * rows_of_head * paired;
-            by_fours([&](auto some, int64_t r) { score<some.value>(first + r * paired, r, from, end); });
-        } else {
-            const float* first = queries + h * rows_of_head * size;
-            read(p.keys, l.head_dim, h, from, end, p.values.elements, l.v_head_dim);
-            by_fours([&](auto some, int64_t r) { score<some.value>(first + r * size, r, from, end); });
-        }
-        for (int64_t r = 0; r < rows_of_head; r++) weigh(r, at, from, end, states[r]);
-        const Kept* next = p.keys.elements + l.head_dim;  // of the next head
-        if constexpr (sizeof(Kept) > 1) {
-            if (rows_of_head <= 4 && l.v_head_dim == v_size) {  // used too seldom to be worth a copy
-                const Kept* values[CHUNK];
-                for (int64_t j = from; j < end; j++) {
-                    fetch(next + (places[j] + h) * l.head_dim, l.head_dim);
-                    values[j] = p.values.elements + (places[j] + h) * l.v_head_dim;
-                }
-                auto value = [&](int64_t j, int64_t d) { return load(values[j] + d); };
-                return by_fours([&](auto some, int64_t r) { gather<some.value>(r, from, end, states, value); });
-            }
-        }
-        read(p.values, l.v_head_dim, h, from, end, next, l.head_dim);
-        auto value = [&](int64_t j, int64_t d) { return load(chunk + j * v_size + d); };
-        by_fours([&](auto some, int64_t r) { gather<some.value>(r, from, end, states, value); });
-    }
-
-    // Calls work(how many rows, the first of them): four at a time, then two, then one.
+    // Calls work(how many of a head's rows, the first of them): four at a time, then two, then one.
     template <class Rows>
     void by_fours(const Rows& work) const {
         int64_t r = 0;
@@ -254,112 +189,71 @@ class Work {
         if (r < rows_of_head) work(std::integral_constant<int, 1>{}, r);
     }
 
-    // As many sums at a time as `sums` takes: one would wait for its own last addition. What lies before `from` or behind
-    // `end` in the chunk is left over from another, and is not looked at.
-    template <int R, class Query>
-    void score(const Query* queries, int64_t r, int64_t from, int64_t end) {
-        constexpr int J = TOGETHER / R;
-        for (int64_t j = from / J * J; j < end; j += J) dots<R, J>(queries, scores + r * CHUNK + j, j);
+    // What is read two heads later is fetched, as the processor does not guess it: a head's elements lie apart from the
+    // next position's. Behind a split's keys its values are read, and then the next one's keys.
+    QUIRE_INLINE void fetch_behind_key(int64_t h, int64_t j) const {
+        for (h += AHEAD_HEADS; h >= heads; h -= heads) j += PIECE;
+        if (j < end) return fetch_key(h, j);
+        if ((j += from - end) < end) fetch_value(h, j);
     }
-
-    // Scores of R rows with the J positions from j on.
-    template <int R, int J>
-    void dots(const float* queries, float* to, int64_t j) const {
-        V dot[R * J] = {};
-        for (int64_t d = 0; d < size; d += W) {
-            V key[J];
-            for (int c = 0; c < J; c++) key[c] = load(chunk + (j + c) * size + d);
-            for (int i = 0; i < R; i++) {
-                V query = load(queries + i * size + d);
-                for (int c = 0; c < J; c++) dot[i * J + c] = fma(query, key[c], dot[i * J + c]);
-            }
-        }
-        float all[R * J];
-        sums(dot, all);
-        for (int i = 0; i < R; i++) memcpy(to + i * CHUNK, all + i * J, J * sizeof(float));
+    QUIRE_INLINE void fetch_behind_value(int64_t h, int64_t j) const {
+        for (h += AHEAD_HEADS; h >= heads; h -= heads) j += PIECE;
+        if (j < end) return fetch_value(h, j);
+        if (j < known) fetch_key(h, j);
     }
-
-#if defined(QUIRE_ISA_AVX512BF16)
-    template <int R, int J>
-    void dots(const bf16* queries, float* to, int64_t j) const {
-        V dot[R * J] = {};
-        for (int64_t d = 0; d < paired; d += 2 * W) {
-            __m512bh query[R];
-            for (int i = 0; i < R; i++) memcpy(&query[i], queries + i * paired + d, sizeof query[i]);
-            for (int c = 0; c < J; c++) {
-                __m512bh key;
-                memcpy(&key, keys[j + c] + d, sizeof key);
-                for (int i = 0; i < R; i++) dot[i * J + c] = _mm512_dpbf16_ps(dot[i * J + c], query[i], key);
-            }
-        }
-        float all[R * J];
-        sums(dot, all);
-        for (int i = 0; i < R; i++) memcpy(to + i * CHUNK, all + i * J, J * sizeof(float));
+    // What nobody has fetched.
+    void fetch_first() {
+        for (int64_t h = 0; h < std::min(AHEAD_HEADS, heads); h++)
+            for (int64_t j = from; j < std::min(end, PIECE); j++) fetch_key(h, j);
+        fetched = true;
     }
+    QUIRE_INLINE void fetch_key(int64_t h, int64_t j) const {
+        int64_t dim = p.layer.head_dim;
+        fetch(p.keys.elements + (places[j] + h) * dim, dim);
+    }
+    QUIRE_INLINE void fetch_value(int64_t h, int64_t j) const {
+        int64_t dim = p.layer.v_head_dim;
+        fetch(p.values.elements + (places[j] + h) * dim, dim);
+    }
+    // Into the second cache: what is fetched before it is used does not push out of the first what is used now.
+    QUIRE_INLINE static void fetch(const Kept* from, int64_t count) {
+#if defined(__GNUC__)
+        for (int64_t d = 0; d < count; d += 64 / (int64_t)sizeof(Kept)) __builtin_prefetch(from + d, 0, 2);
 #endif
+    }
 
-    // Scores of one row -> weights relative to its new maximum; what it had is scaled down.
-    void weigh(int64_t r, int64_t at, int64_t from, int64_t end, State& state) {
+    // Scores of a row -> weights relative to its largest, in their place, and an empty sum of values.
+    void weigh(int64_t row, State& state) {
         const Layer& l = p.layer;
-        float* s = scores + r * CHUNK;
-        int64_t position = tile.position + r / group;
-        int64_t low = std::max(from, first_seen(position) - at), high = std::min(end, position + 1 - at);
-        for (int64_t j = 0; j < CHUNK; j += W) {
-            V value = mul(load(s + j), set1(l.scale));
-            if (l.softcap != 0.0f) value = mul(tanh(div(value, set1(l.softcap))), set1(l.softcap));
-            store(s + j, value);
-        }
-        if (low >= high) {  // sees nothing here
-            std::fill(s, s + CHUNK, 0.0f);
-            return;
-        }
-        std::fill(s, s + low, NOTHING), std::fill(s + high, s + CHUNK, NOTHING);
-        V best = load(s);
-        for (int64_t j = W; j < CHUNK; j += W) best = max(load(s + j), best);
-        float top = std::max(state.top, largest(best)), keep = 1.0f;
-        if (top != state.top) keep = state.top == NOTHING ? 0.0f : exp1(state.top - top);
-        V total = zero();
-        for (int64_t j = 0; j < CHUNK; j += W) store(s + j, exp(sub(load(s + j), set1(top))));
-        std::fill(s, s + low, 0.0f), std::fill(s + high, s + CHUNK, 0.0f);
-        for (int64_t j = 0; j < CHUNK; j += W) total = add(total, load(s + j));
-        state.total = state.total * keep + sum(total), state.top = top;
-        for (int64_t d = 0; keep != 1.0f && d < v_size; d += W)
-            store(state.values + d, mul(load(state.values + d), set1(keep)));
+        float* s = scores + row * SPLIT;
+        Weight* weights = (Weight*)s;
+        int64_t r = row % rows_of_head, position = tile.position + r / group;
+        int64_t low = std::max(from, p.first_seen(position) - at), high = std::min(end, position + 1 - at);
+        int64_t first = from / PIECE * PIECE, stop = std::max(first, (row_end(r) + PIECE - 1) / PIECE * PIECE);
+        state.top = NOTHING, state.total = 0.0f;
+        std::fill(state.values, state.values + v_size, 0.0f);
+        if (low >= high) return std::fill(weights + first, weights + stop, Weight(0));  // sees nothing here
+        std::fill(s + first, s + low, s[low]), std::fill(s + high, s + stop, s[low]);
+        for (int64_t j = first; l.softcap != 0.0f && j < stop; j += W)
+            store(s + j, mul(tanh(div(mul(load(s + j), set1(l.scale)), set1(l.softcap))), set1(l.softcap)));
+        float scale = l.softcap != 0.0f ? 1.0f : l.scale;
+        V best = mul(load(s + first), set1(scale));
+        for (int64_t j = first + W; j < stop; j += W) best = max(mul(load(s + j), set1(scale)), best);
+        state.top = largest(best);
+        products.weigh(s, first, stop, scale, state.top);
+        std::fill(weights + first, weights + low, Weight(0)), std::fill(weights + high, weights + stop, Weight(0));
+        state.total = products.total(weights + first, weights + stop);
     }
 
-    // As many vectors of values at a time as find room in registers. value(j, d): a vector of position j's.
-    template <int R, class Value>
-    void gather(int64_t r, int64_t from, int64_t end, State* states, const Value& value) {
-        constexpr int NV = W == 16 ? 4 : 2;
-        int64_t d = 0;
-        for (; d + NV * W <= v_size; d += NV * W) add_values<R, NV>(r, from, end, states, d, value);
-        for (; d < v_size; d += W) add_values<R, 1>(r, from, end, states, d, value);
-    }
-
-    template <int R, int NV, class Value>
-    void add_values(int64_t r, int64_t from, int64_t end, State* states, int64_t d, const Value& value) {
-        V sums[R][NV];
-        for (int i = 0; i < R; i++)
-            for (int v = 0; v < NV; v++) sums[i][v] = load(states[r + i].values + d + v * W);
-        for (int64_t j = from; j < end; j++) {
-            V one[NV];
-            for (int v = 0; v < NV; v++) one[v] = value(j, d + v * W);
-            for (int i = 0; i < R; i++) {
-                V weight = set1(scores[(r + i) * CHUNK + j]);
-                for (int v = 0; v < NV; v++) sums[i][v] = fma(weight, one[v], sums[i][v]);
-            }
-        }
-        for (int i = 0; i < R; i++)
-            for (int v = 0; v < NV; v++) store(states[r + i].values + d + v * W, sums[i][v]);
-    }
-
+    using Weight = typename Products::Weight;
     const Problem<T, Kept>& p;
     const Tile& tile;
     int64_t head, heads, group, rows_of_head;
-    int64_t paired;  // elements of a query or key, padded to whole vectors of pairs
-    float *queries, *chunk, *scores;
-    int64_t places[CHUNK];
-    const bf16* keys[CHUNK];
+    Products products;
+    float* scores;          // [rows][SPLIT]; then weights in the first half or all of each row
+    int64_t at, from, end;  // of a split: its first position, and which it reads, counted from there
+    bool fetched = false;
+    int64_t known, places[SPLIT + PIECE];
 };
 
 }  // namespace quire

@@ -16,6 +16,12 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__GNUC__)  // a function that only fetches has no effect that the compiler sees: not inlined, it is left out
+#define QUIRE_INLINE __attribute__((always_inline))
+#else
+#define QUIRE_INLINE
+#endif
+
 namespace quire {
 
 using bf16 = uint16_t;
