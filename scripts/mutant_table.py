@@ -61,6 +61,7 @@ DETOKENIZER = "framework/quire/tokenizer/detokenizer.py"
 CSRC = "plugins/cpu_native/quire_cpu_native/csrc"
 NATIVE_KITS, NATIVE = "tests/cpu_native/test_kits.py", "tests/cpu_native/test_kernels.py"
 NATIVE_SAMPLER = "tests/cpu_native/test_sampler.py"
+NATIVE_ATTENTION = "tests/cpu_native/test_attention.py"
 
 MUTANTS = (
     Mutant(
