@@ -114,6 +114,13 @@ MUTANTS = (
         NATIVE_ATTENTION,
     ),
     Mutant(
+        "native: rows that are multiplied together see what the first of them sees",
+        f"{CSRC}/attention.h",
+        "tile.position + (r / 4 * 4 + 3) / group + 1 - at",
+        "tile.position + r / 4 * 4 / group + 1 - at",
+        NATIVE_KITS,
+    ),
+    Mutant(
         "native: splits follow the tile",
         f"{CSRC}/attention.h",
         "from = std::max(p.first_seen(tile.position) - at, (int64_t)0),",

@@ -65,6 +65,28 @@ def test_long_contexts_are_computed_in_parts_with_the_same_bits(window, kv_heads
             torch.testing.assert_close(alone[index, head].double(), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("window", [None, 37])
+def test_nothing_is_read_beside_what_a_query_sees(window):
+    """Tokens are multiplied by pairs and by sixteens; what lies beside those seen in a block may be anything. The scale
+    may be negative."""
+    torch.manual_seed(1)
+    layer = AttentionLayer(0, 3, 1, 40, 40, -0.3, window)
+    backend = NativeAttention(AttentionInit(torch.device("cpu"), torch.bfloat16, (layer,), BLOCK, 16, 64, 100))
+    for length in (1, 2, 17, 33, 51, 257, 300):
+        blocks = -(-length // BLOCK)
+        kv = tuple(torch.randn(blocks, BLOCK, 1, 40, dtype=torch.bfloat16) for _ in range(2))
+        seen = slice(max(0, length - window) if window else 0, length)
+        for cache in kv:
+            rows = cache.flatten(0, 1)
+            rows[: seen.start] = rows[seen.stop :] = float("nan")
+        q, out = torch.randn(1, 3, 40, dtype=torch.bfloat16), torch.empty(1, 3, 40, dtype=torch.bfloat16)
+        batch = batch_of([length], [1], torch.arange(blocks).int()[None])
+        backend.forward(layer, q, q, q, kv, batch, backend.plan(batch), out)
+        keys, values = (cache.flatten(0, 1)[seen, 0].double() for cache in kv)
+        expected = (q[0].double() @ keys.T * -0.3).softmax(-1) @ values
+        torch.testing.assert_close(out[0].double(), expected, atol=1e-2, rtol=1e-2)
+
+
 def test_limits_are_told():
     def reasons(heads, dim):
         return NativeAttention.supports(AttentionLayer(0, heads, 1, dim, dim, 1.0), torch.float32, "cpu", 16)

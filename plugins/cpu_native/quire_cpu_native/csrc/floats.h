@@ -97,31 +97,42 @@ class Floats {
         V dot[R * J] = {};
         for (int64_t d = 0; d < size; d += W) {
             V key[J];
+#pragma GCC unroll 8
             for (int c = 0; c < J; c++) key[c] = load(piece + (j + c) * size + d);
+#pragma GCC unroll 8
             for (int i = 0; i < R; i++) {
                 V query = load(first + i * size + d);
+#pragma GCC unroll 8
                 for (int c = 0; c < J; c++) dot[i * J + c] = fma(query, key[c], dot[i * J + c]);
             }
         }
         float all[R * J];
         sums(dot, all);
+#pragma GCC unroll 8
         for (int i = 0; i < R; i++) memcpy(to + i * apart, all + i * J, J * sizeof(float));
     }
 
     template <int R, int NV>
     void add_values(const float* weights, int64_t apart, int64_t begin, int64_t stop, State* states, int64_t d) const {
         V sums[R][NV];
+#pragma GCC unroll 8
         for (int i = 0; i < R; i++)
+#pragma GCC unroll 8
             for (int v = 0; v < NV; v++) sums[i][v] = load(states[i].values + d + v * W);
         for (int64_t j = begin; j < stop; j++) {
             V one[NV];
+#pragma GCC unroll 8
             for (int v = 0; v < NV; v++) one[v] = load(piece + j * v_size + d + v * W);
+#pragma GCC unroll 8
             for (int i = 0; i < R; i++) {
                 V weight = set1(weights[i * apart + j]);
+#pragma GCC unroll 8
                 for (int v = 0; v < NV; v++) sums[i][v] = fma(weight, one[v], sums[i][v]);
             }
         }
+#pragma GCC unroll 8
         for (int i = 0; i < R; i++)
+#pragma GCC unroll 8
             for (int v = 0; v < NV; v++) store(states[i].values + d + v * W, sums[i][v]);
     }
 };
