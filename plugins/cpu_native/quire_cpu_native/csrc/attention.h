@@ -156,14 +156,13 @@ class Work {
 
     // Behind the last position of the split that row r of a head's sees, or one of the three beside it, which are
     // multiplied together with it.
-    int64_t row_end(int64_t r) const {
-        return std::min(end, tile.position + (r / 4 * 4 + 3) / group + 1 - at);
-    }
+    int64_t row_end(int64_t r) const { return std::min(end, tile.position + (r / 4 * 4 + 3) / group + 1 - at); }
 
     // Scores of a head's rows with a piece's keys, that of the positions from j on.
     void score(int64_t h, int64_t j) {
         int64_t begin = std::max(from - j, (int64_t)0), stop = std::min(end - j, PIECE);
-        products.take_keys(p.keys, places + j, h, begin, stop, [&](int64_t i) QUIRE_INLINE { fetch_behind_key(h, j + i); });
+        auto behind = [&](int64_t i) QUIRE_INLINE { fetch_behind_key(h, j + i); };
+        products.take_keys(p.keys, places + j, h, begin, stop, behind);
         by_fours([&](auto some, int64_t r) {
             int64_t row = h * rows_of_head + r;
             products.template score<some.value>(row, scores + row * SPLIT + j, SPLIT, std::min(stop, row_end(r) - j));
@@ -172,7 +171,8 @@ class Work {
 
     void gather(int64_t h, int64_t j, State* states) {
         int64_t begin = std::max(from - j, (int64_t)0), stop = std::min(end - j, PIECE);
-        products.take_values(p.values, places + j, h, begin, stop, [&](int64_t i) QUIRE_INLINE { fetch_behind_value(h, j + i); });
+        auto behind = [&](int64_t i) QUIRE_INLINE { fetch_behind_value(h, j + i); };
+        products.take_values(p.values, places + j, h, begin, stop, behind);
         by_fours([&](auto some, int64_t r) {
             const Weight* weights = (const Weight*)(scores + (h * rows_of_head + r) * SPLIT) + j;
             int64_t apart = SPLIT * sizeof(float) / sizeof(Weight);

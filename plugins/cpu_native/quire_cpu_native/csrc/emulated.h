@@ -45,6 +45,17 @@ static inline simde__m512 emulated_cvtph_ps(simde__m256i x) {
     memcpy(&out, halves, sizeof out);
     return out;
 }
+// Of finite numbers.
+static inline simde__m512bh emulated_cvtne2ps_pbh(simde__m512 high, simde__m512 low) {
+    uint32_t from[32];
+    uint16_t to[32];
+    simde__m512bh out;
+    memcpy(from, &low, sizeof low), memcpy(from + 16, &high, sizeof high);
+    for (int i = 0; i < 32; i++) to[i] = (uint16_t)((from[i] + 0x7fffu + (from[i] >> 16 & 1u)) >> 16);
+    memcpy(&out, to, sizeof out);
+    return out;
+}
+#define _mm512_cvtne2ps_pbh emulated_cvtne2ps_pbh
 #define _mm512_cvtepu16_epi32 emulated_cvtepu16_epi32
 #define _mm512_cvtepi8_epi32 emulated_cvtepi8_epi32
 #define _mm512_cvtepi32_epi16 emulated_cvtepi32_epi16

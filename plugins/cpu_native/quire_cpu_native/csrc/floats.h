@@ -21,30 +21,32 @@ struct State {
     float* values;
 };
 
-// Rows of a piece: keys or values of `places` [PIECE], of head h behind the one that these tell. Only those from `begin`
-// to `stop` - 1 are read.
+// A piece's keys or values are those of `places` [PIECE], h heads behind the one that these tell. Only those from `begin`
+// to `stop` - 1 are read; `fetch` is called before each.
 template <class T, class Kept>
 class Floats {
    public:
     static constexpr int64_t UNIT = W;  // sizes are padded to whole ones
     using Weight = float;
 
-    float *queries, *piece;     // [rows][size], [PIECE][size or v_size]
-    int64_t dim, v_dim;         // of keys and values
-    int64_t size, v_size;       // the same, padded
+    float *queries, *piece;  // [rows][size], [PIECE][size or v_size]
+    int64_t dim, v_dim;      // of keys and values
+    int64_t size, v_size;    // the same, padded
 
     void take_query(int64_t r, const T* from) { widen(from, nullptr, queries + r * size, dim, size); }
     template <class Fetch>
-    void take_keys(const Cache<Kept>& cache, const int64_t* places, int64_t h, int64_t begin, int64_t stop, const Fetch& fetch) {
+    void take_keys(const Cache<Kept>& cache, const int64_t* places, int64_t h, int64_t begin, int64_t stop,
+                   const Fetch& fetch) {
         read(cache, places, h, begin, stop, dim, size, fetch);
     }
     template <class Fetch>
-    void take_values(const Cache<Kept>& cache, const int64_t* places, int64_t h, int64_t begin, int64_t stop, const Fetch& fetch) {
+    void take_values(const Cache<Kept>& cache, const int64_t* places, int64_t h, int64_t begin, int64_t stop,
+                     const Fetch& fetch) {
         read(cache, places, h, begin, stop, v_dim, v_size, fetch);
     }
 
-    // Scores of R rows with the piece up to `stop`, and more; `to` [R][apart]. As many sums at a time as `sums` takes: one
-    // would wait for its own last addition. What lies before `begin` is left over from another piece, and is not looked at.
+    // Scores of R rows with the piece up to `stop`; `to` [R][apart]. As many sums at a time as `sums` takes: one would
+    // wait for its own last addition. Scores of what was not read are written too, and are not looked at.
     template <int R>
     void score(int64_t r, float* to, int64_t apart, int64_t stop) const {
         constexpr int J = TOGETHER / R;

@@ -19,10 +19,11 @@ class Pairs {
         memcpy(to, from, dim * sizeof(bf16)), memset(to + dim, 0, (size - dim) * sizeof(bf16));
     }
 
-    // Four keys meet a query at a time, with eight elements each: position 16 g + 4 q + e lies in quarter q of vector e of
-    // [g][elements / 8][4]. So the sixteen sums of a vector are those of four keys, and few steps make them one.
+    // Four keys meet a query at a time, with eight elements each: position 16 g + 4 q + e lies in quarter q of vector e
+    // of [g][elements / 8][4]. So a vector of sums is that of four keys, and few steps make one sum of each quarter.
     template <class Fetch>
-    void take_keys(const Cache<bf16>& cache, const int64_t* places, int64_t h, int64_t begin, int64_t stop, const Fetch& fetch) {
+    void take_keys(const Cache<bf16>& cache, const int64_t* places, int64_t h, int64_t begin, int64_t stop,
+                   const Fetch& fetch) {
         auto key = [&](int64_t j) {
             j = std::min(std::max(j, begin), stop - 1);
             fetch(j);
@@ -56,7 +57,8 @@ class Pairs {
 
     // Values of two positions as pairs: [PIECE / 2][v_size / 32][2][16][2], the lower elements of each eight first.
     template <class Fetch>
-    void take_values(const Cache<bf16>& cache, const int64_t* places, int64_t h, int64_t begin, int64_t stop, const Fetch& fetch) {
+    void take_values(const Cache<bf16>& cache, const int64_t* places, int64_t h, int64_t begin, int64_t stop,
+                     const Fetch& fetch) {
         const I nothing = zero_int();
         auto row = [&](int64_t j) -> const bf16* {
             if (j < begin || j >= stop) return nullptr;
@@ -85,9 +87,10 @@ class Pairs {
     // Sums of values from the order of their pairs to that of elements.
     void put_in_order(float* values) const {
         for (int64_t d = 0; d < v_size; d += UNIT) {
-            V low = load(values + d), high = load(values + d + W);
-            V a = _mm512_shuffle_f32x4(low, high, 0x44), b = _mm512_shuffle_f32x4(low, high, 0xee);
-            store(values + d, _mm512_shuffle_f32x4(a, a, 0xd8)), store(values + d + W, _mm512_shuffle_f32x4(b, b, 0xd8));
+            I low = load_int(values + d), high = load_int(values + d + W);
+            I a = _mm512_shuffle_i32x4(low, high, 0x44), b = _mm512_shuffle_i32x4(low, high, 0xee);
+            _mm512_storeu_si512(values + d, _mm512_shuffle_i32x4(a, a, 0xd8));
+            _mm512_storeu_si512(values + d + W, _mm512_shuffle_i32x4(b, b, 0xd8));
         }
     }
 
@@ -100,7 +103,10 @@ class Pairs {
     static __m512bh pairs(I x) { return pairs(&x); }
     static __m512bh twice(int32_t x) { return pairs(set1_int(x << 16 | x)); }
     static I some(const bf16* from, int64_t count) {
-        return count >= UNIT ? load_int(from) : _mm512_maskz_loadu_epi16((1u << count) - 1, from);
+        if (count >= UNIT) return load_int(from);
+        bf16 padded[UNIT] = {};
+        memcpy(padded, from, count * sizeof(bf16));
+        return load_int(padded);
     }
 
     // 32 elements of four rows -> four vectors of eight elements of each, four vectors apart.
