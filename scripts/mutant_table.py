@@ -88,8 +88,8 @@ MUTANTS = (
     Mutant(
         "native: a span of 8-bit inputs has the scale of the one before",
         f"{CSRC}/rounded.h",
-        "at = row * out.spans + g * spans.count + s;",
-        "at = row * out.spans + g * spans.count + (s + 1) % spans.count;",
+        "at = (g * per_group + s) * stride + row;",
+        "at = (g * per_group + (s + 1) % per_group) * stride + row;",
         NATIVE,
     ),
     Mutant(

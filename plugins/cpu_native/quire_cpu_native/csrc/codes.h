@@ -10,8 +10,6 @@
 
 namespace quire {
 
-constexpr int64_t AHEAD_BYTES = 4096;  // by which codes are fetched early
-
 // Fields as in `native.py`.
 struct Codes {
     const uint8_t* codes;
@@ -53,14 +51,6 @@ struct Columns {
 
     V scale(int64_t g, int v) const { return load(scales + g * PANEL + v * W); }
     V zero_of(int64_t g, int v) const { return zeros ? load(zeros + g * PANEL + v * W) : set1(middle); }
-    // Word w, counted from the first group on; one that will be needed soon is fetched meanwhile.
-    I fetch_word(int64_t w, int v) const {
-        const uint8_t* place = word(0, w, v);
-#if defined(__GNUC__)
-        __builtin_prefetch(place + AHEAD_BYTES);
-#endif
-        return load_int(place);
-    }
     const uint8_t* word(int64_t g, int64_t w, int v) const { return codes + ((g * words + w) * PANEL + v * W) * 4; }
 };
 

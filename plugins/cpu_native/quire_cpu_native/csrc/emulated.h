@@ -27,6 +27,9 @@ static inline simde__m512i emulated_cvtepi8_epi32(simde__m128i x) {
 static inline simde__m256i emulated_cvtepi32_epi16(simde__m512i x) {
     return converted<int16_t, int32_t, simde__m256i>(x, [](int32_t each) { return (int16_t)each; });
 }
+static inline simde__m128i emulated_cvtepi32_epi8(simde__m512i x) {
+    return converted<int8_t, int32_t, simde__m128i>(x, [](int32_t each) { return (int8_t)each; });
+}
 static inline simde__m512 emulated_cvtepi32_ps(simde__m512i x) {
     return converted<float, int32_t, simde__m512>(x, [](int32_t each) { return (float)each; });
 }
@@ -59,6 +62,7 @@ static inline simde__m512bh emulated_cvtne2ps_pbh(simde__m512 high, simde__m512 
 #define _mm512_cvtepu16_epi32 emulated_cvtepu16_epi32
 #define _mm512_cvtepi8_epi32 emulated_cvtepi8_epi32
 #define _mm512_cvtepi32_epi16 emulated_cvtepi32_epi16
+#define _mm512_cvtepi32_epi8 emulated_cvtepi32_epi8
 #define _mm512_cvtepi32_ps emulated_cvtepi32_ps
 #define _mm512_cvtps_epi32 emulated_cvtps_epi32
 #define _mm512_cvtph_ps emulated_cvtph_ps

@@ -49,7 +49,7 @@ static inline I zero_int() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
 static inline I load_int(const void* p) { return {vld1q_s32((const int32_t*)p), vld1q_s32((const int32_t*)p + 4)}; }
 static inline I set1_int(int32_t x) { return {vdupq_n_s32(x), vdupq_n_s32(x)}; }
 static inline V to_float(I x) { return {vcvtq_f32_s32(x.a), vcvtq_f32_s32(x.b)}; }
-static inline I sub_int(I a, I b) { return {vsubq_s32(a.a, b.a), vsubq_s32(a.b, b.b)}; }
+static inline I add_int(I a, I b) { return {vaddq_s32(a.a, b.a), vaddq_s32(a.b, b.b)}; }
 static inline int32x4_t sub_of16(int32x4_t x, int32x4_t y) {
     return vreinterpretq_s32_s16(vsubq_s16(vreinterpretq_s16_s32(x), vreinterpretq_s16_s32(y)));
 }

@@ -29,20 +29,16 @@ struct Halves {
     template <int BITS>
     static void store(int16_t* to, V values, int64_t n) { store_some(to, values, n, Order<BITS>()); }
 
-    template <int BITS, int MB, int NV, class Scale>
-    static inline void add_words(const Columns<BITS, Scale>& c, const int16_t* x, int64_t ldx, int64_t begin, int64_t end,
-                                 I sums[MB][NV]) {
-        constexpr int PAIRS = 16 / BITS;
-        for (int64_t w = begin; w < end; w++) {
-            I word[NV];
-            for (int v = 0; v < NV; v++) word[v] = c.fetch_word(w, v);
-            for (int i = 0; i < PAIRS; i++) {
-                I both[MB];
-                for (int m = 0; m < MB; m++) both[m] = pair_at(x + m * ldx + 2 * (w * PAIRS + i));
-                for (int v = 0; v < NV; v++) {
-                    I code = code_of<BITS>(word[v], i);
-                    for (int m = 0; m < MB; m++) sums[m][v] = add_products(sums[m][v], code, both[m]);
-                }
+    template <int BITS, int MB, int NV>
+    static inline void add_word(const uint8_t* word, const int16_t* x, int64_t ldx, I sums[MB][NV]) {
+        I words[NV];
+        for (int v = 0; v < NV; v++) words[v] = load_int(word + 4 * v * W);
+        for (int i = 0; i < 16 / BITS; i++) {
+            I both[MB];
+            for (int m = 0; m < MB; m++) both[m] = pair_at(x + m * ldx + 2 * i);
+            for (int v = 0; v < NV; v++) {
+                I code = code_of<BITS>(words[v], i);
+                for (int m = 0; m < MB; m++) sums[m][v] = add_products(sums[m][v], code, both[m]);
             }
         }
     }
@@ -99,9 +95,11 @@ void by_wide_codes(const Part<Halves>& p, int64_t count, Scratch& scratch) {
     for (int64_t first = 0; first < columns; first += 2 * W) {
         Columns<BITS, Scale> c(p.codes, p.panel, first);
         Wide<BITS> wide(c, to);
+        Ahead ahead(p.codes, p.panel, 1);
+        ahead.stop();  // `wide` has read all
         by_tiles<MANY>(count, [&](auto rows, int64_t m) {
             V acc[rows.value][2] = {};
-            tile<Halves, BITS, rows.value, 2>(c, wide, p.spans, p.x, p.row + m, 0, c.groups, acc);
+            tile<Halves, BITS, rows.value, 2>(c, wide, p.spans, p.x, p.row + m, 0, c.groups, ahead, acc);
             p.emit_at<rows.value, 2>(acc, p.row + m, first);
         });
     }
@@ -111,7 +109,7 @@ void by_wide_codes(const Part<Halves>& p, int64_t count, Scratch& scratch) {
 template <int BITS, class Scale>
 void many_rows(const Part<Halves>& p, int64_t count, Scratch& scratch) {
     if constexpr (W == 16)
-        by_few_rows<Halves, BITS, Scale>(p, count);
+        by_columns<Halves, BITS, Scale, TILE_ROWS, 2>(p, count);
     else
         by_wide_codes<BITS, Scale>(p, count, scratch);
 }

@@ -24,38 +24,29 @@ struct Bytes {
     template <int BITS>
     static void store(int8_t* to, V values, int64_t n) { store_some(to, values, n); }
 
-    template <int BITS, int MB, int NV, class Scale>
-    static inline void add_words(const Columns<BITS, Scale>& c, const int8_t* x, int64_t ldx, int64_t begin, int64_t end,
-                                 I sums[MB][NV]) {
-        I own[MB][NV];  // in registers: the compiler would write what it was given at every step
-        for (int m = 0; m < MB; m++)
-            for (int v = 0; v < NV; v++) own[m][v] = sums[m][v];
-        for (int64_t w = begin; w < end; w++) {
-            const int8_t* at = x + w * c.WORD;
-            I low[NV], high[NV];
-            Factors all[NV];
-            for (int v = 0; v < NV; v++) {
-                I codes = c.fetch_word(w, v);
-                if (BITS == 4)
-                    low[v] = low_nibbles(codes), high[v] = high_nibbles(codes);
-                else
-                    all[v] = factors(codes);
-            }
-            for (int m = 0; m < MB; m++) {
-                I first = quad_at(at + m * ldx), second = BITS == 4 ? quad_at(at + m * ldx + 4) : first;
-                for (int v = 0; v < NV; v++)
-                    own[m][v] = BITS == 4 ? add_byte_products(add_byte_products(own[m][v], low[v], first), high[v], second)
-                                          : add_code_products(own[m][v], all[v], first);
-            }
+    template <int BITS, int MB, int NV>
+    static inline void add_word(const uint8_t* word, const int8_t* x, int64_t ldx, I sums[MB][NV]) {
+        I low[NV], high[NV];
+        Factors all[NV];
+        for (int v = 0; v < NV; v++) {
+            I codes = load_int(word + 4 * v * W);
+            if (BITS == 4)
+                low[v] = low_nibbles(codes), high[v] = high_nibbles(codes);
+            else
+                all[v] = factors(codes);
         }
-        for (int m = 0; m < MB; m++)
-            for (int v = 0; v < NV; v++) sums[m][v] = own[m][v];
+        for (int m = 0; m < MB; m++) {
+            I first = quad_at(x + m * ldx), second = BITS == 4 ? quad_at(x + m * ldx + 4) : first;
+            for (int v = 0; v < NV; v++)
+                sums[m][v] = BITS == 4 ? add_byte_products(add_byte_products(sums[m][v], low[v], first), high[v], second)
+                                      : add_code_products(sums[m][v], all[v], first);
+        }
     }
 };
 
 template <int BITS, class Scale>
 void many_rows(const Part<Bytes>& p, int64_t count, Scratch&) {
-    by_few_rows<Bytes, BITS, Scale>(p, count);
+    by_columns<Bytes, BITS, Scale, TILE_ROWS, 2>(p, count);
 }
 
 }  // namespace

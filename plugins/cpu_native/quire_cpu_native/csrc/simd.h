@@ -24,6 +24,18 @@
 
 namespace quire {
 
+// Fetches memory that is needed soon, or later: to the second level of caches.
+QUIRE_INLINE static inline void fetch_soon(const void* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p);
+#endif
+}
+QUIRE_INLINE static inline void fetch_later(const void* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p, 0, 2);
+#endif
+}
+
 using bf16 = uint16_t;
 struct half {
     uint16_t bits;
@@ -93,7 +105,7 @@ static inline I zero_int() { return _mm512_setzero_si512(); }
 static inline I load_int(const void* p) { return _mm512_loadu_si512(p); }
 static inline I set1_int(int32_t x) { return _mm512_set1_epi32(x); }
 static inline V to_float(I x) { return _mm512_cvtepi32_ps(x); }
-static inline I sub_int(I a, I b) { return _mm512_sub_epi32(a, b); }
+static inline I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
 static inline I sub_of16(I a, I b) { return _mm512_sub_epi16(a, b); }
 // bits `shift` to `shift` + 3, or 7, of each 32 bits, as floats
 static inline V field4(I x, int shift) { return to_float(_mm512_and_si512(_mm512_srli_epi32(x, shift), set1_int(15))); }
@@ -188,7 +200,7 @@ static inline I zero_int() { return _mm256_setzero_si256(); }
 static inline I load_int(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 static inline I set1_int(int32_t x) { return _mm256_set1_epi32(x); }
 static inline V to_float(I x) { return _mm256_cvtepi32_ps(x); }
-static inline I sub_int(I a, I b) { return _mm256_sub_epi32(a, b); }
+static inline I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
 static inline I sub_of16(I a, I b) { return _mm256_sub_epi16(a, b); }
 static inline V field4(I x, int shift) { return to_float(_mm256_and_si256(_mm256_srli_epi32(x, shift), set1_int(15))); }
 static inline V field8(I x, int shift) { return to_float(_mm256_and_si256(_mm256_srli_epi32(x, shift), set1_int(255))); }
@@ -275,8 +287,8 @@ static inline I set1_int(int32_t x) {
     return out;
 }
 static inline V to_float(I x) { return lanes([&](int i) { return (float)(int32_t)x.at[i]; }); }
-static inline I sub_int(I a, I b) {
-    for (int i = 0; i < W; i++) a.at[i] -= b.at[i];
+static inline I add_int(I a, I b) {
+    for (int i = 0; i < W; i++) a.at[i] += b.at[i];
     return a;
 }
 static inline I sub_of16(I a, I b) {
@@ -423,6 +435,13 @@ static inline V tanh(V x) {
 
 // n whole numbers of at most 8 bits.
 static inline void store_some(int8_t* p, V x, int64_t n) {
+#if defined(QUIRE_512)
+    if (n >= W) return _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+#elif defined(QUIRE_ISA_AVX2)
+    __m256i whole = _mm256_cvtps_epi32(x);
+    __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    if (n >= W) return _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(halves, halves));
+#endif
     float wide[W];
     store(wide, x);
     for (int64_t i = 0; i < n; i++) p[i] = (int8_t)wide[i];

@@ -31,9 +31,16 @@ static inline void add_outer(V acc[MB][NV], const Value& value, const Column& co
     }
 }
 
+// Which of the `passes` over the same weights a tile is, and how many elements of a panel later the next ones lie. Each
+// pass fetches its share of them.
+struct Pass {
+    int64_t number = 0, passes = 1, later = 0;
+};
+
 // w: float, rows of inputs `stride` apart.
 template <int MB, int NV>
-static inline void tile(const float* w, int64_t stride, const float* x, int64_t ldx, int64_t inputs, V acc[MB][NV]) {
+static inline void tile(const float* w, int64_t stride, const float* x, int64_t ldx, int64_t inputs, V acc[MB][NV],
+                        const Pass& = {}) {
     for (int64_t k = 0; k < inputs; k++)
         add_outer<MB, NV>(
             acc, [&](int m) { return set1(x[m * ldx + k]); }, [&](int v) { return load(w + k * stride + v * W); });
@@ -41,7 +48,8 @@ static inline void tile(const float* w, int64_t stride, const float* x, int64_t 
 
 // w: bf16 in pairs of inputs, [inputs / 2][PANEL][2]; the last pair is padded with zeros.
 template <int MB, int NV>
-static inline void tile(const bf16* w, int64_t stride, const float* x, int64_t ldx, int64_t inputs, V acc[MB][NV]) {
+static inline void tile(const bf16* w, int64_t stride, const float* x, int64_t ldx, int64_t inputs, V acc[MB][NV],
+                        const Pass& = {}) {
     for (int64_t k = 0; k < inputs; k += 2) {
         const bf16* pair = w + k * stride;
 #if defined(__GNUC__)
@@ -59,13 +67,18 @@ static inline void tile(const bf16* w, int64_t stride, const float* x, int64_t l
 #if defined(QUIRE_ISA_AVX512BF16)
 // The same with x in bf16: pairs of products are summed by one instruction. `inputs` is even.
 template <int MB, int NV>
-static inline void tile(const bf16* w, int64_t stride, const bf16* x, int64_t ldx, int64_t inputs, V acc[MB][NV]) {
+static inline void tile(const bf16* w, int64_t stride, const bf16* x, int64_t ldx, int64_t inputs, V acc[MB][NV],
+                        const Pass& pass = {}) {
+    constexpr int LINES = 2 * PANEL / 32;  // of 64 bytes, of a pair of inputs
     for (int64_t k = 0; k < inputs; k += 2) {
         const bf16* pair = w + k * stride;
+        if (MB > 2 && pass.later)
+            for (int64_t line = pass.number; line < LINES; line += pass.passes)
+                fetch_later(w + k * PANEL + 32 * line + pass.later);
         __m512bh column[NV];
         for (int v = 0; v < NV; v++) {
             memcpy(&column[v], pair + 2 * v * W, sizeof column[v]);
-            if (MB <= 2) __builtin_prefetch(pair + 2 * v * W + 2048);
+            if (MB <= 2) fetch_soon(pair + 2 * v * W + 2048);
         }
         for (int m = 0; m < MB; m++) {
             int32_t both;
@@ -135,12 +148,15 @@ static inline void panel_in_pieces(const Weight* w, const X* x, int64_t ldx, int
             for (int v = 0; v < NV; v++) sums[s][m][v] = zero();
     for (int64_t k = 0; k < inputs; k += DEEP) {
         int64_t depth = inputs - k < DEEP ? inputs - k : DEEP;
+        int64_t passes = (rows + MB - 1) / MB * strips;
+        Pass pass{0, passes, passes > 1 ? 2 * DEEP * PANEL : 0};
         for (int s = 0; s < strips; s++)
             by_tiles<MB>(rows, [&](auto few, int64_t m) {
                 V acc[few.value][NV];
                 copy<few.value, NV>(acc, sums[s] + m);
-                tile<few.value, NV>(w + k * PANEL + s * NV * W * per_column, PANEL, x + m * ldx + k, ldx, depth, acc);
+                tile<few.value, NV>(w + k * PANEL + s * NV * W * per_column, PANEL, x + m * ldx + k, ldx, depth, acc, pass);
                 copy<few.value, NV>(sums[s] + m, acc);
+                pass.number++;
             });
     }
     for (int s = 0; s < strips && s * NV * W < columns; s++)
