@@ -10,9 +10,8 @@ and engine alone, without the clients: it can be measured on a machine that is b
 of medians.
 
 The engine computes with --threads threads in both ways; by default with all processors, as `quire serve` does. The
-server then takes turns with it; with one thread fewer it runs beside it. The clients of the HTTP streams run in a
-process of their own that does no more than read, since elsewhere they have machines of their own; here they share the
-processors with server and engine, so that on few of them the ratio holds their work too.
+server then takes turns with it; with one thread fewer it runs beside it. The clients of the HTTP streams are a process
+that sleeps while streams run and reads what has come at the end, since elsewhere they have machines of their own.
 """
 
 from __future__ import annotations
@@ -49,10 +48,13 @@ async def direct(llm: AsyncLLM, streams: int, tokens: int) -> tuple[float, float
 
     async def one(index: int) -> None:
         params = SamplingParams(temperature=0.8, seed=index, max_tokens=tokens, ignore_eos=True)
-        is_first = True
+        has_begun = False
         async for delta in llm.stream(prompt(index), params):
-            progress.came(len(delta.token_ids), is_first=is_first)
-            is_first = False
+            if has_begun:
+                progress.came(len(delta.token_ids))
+            else:
+                has_begun = True
+                progress.begun()
         progress.ended()
 
     await asyncio.gather(*(one(index) for index in range(streams)))

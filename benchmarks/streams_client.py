@@ -1,4 +1,4 @@
-"""Reads streams of a server and does no more, so that it takes little of the processors: `server_overhead.py` runs it.
+"""Reads streams of a server at next to no price, as if it ran elsewhere: `server_overhead.py` runs it.
 
     python benchmarks/streams_client.py URL STREAMS TOKENS
 
@@ -31,13 +31,20 @@ class Progress:
     started: int = 0
     counted: int = 0
 
-    def came(self, tokens: int, *, is_first: bool) -> None:
-        """A stream has got tokens."""
-        if is_first:
-            self.started += 1
-            if self.started == self.streams:
-                self.full = time.perf_counter()
-        elif self.full is not None and self.steady is None:
+    @property
+    def is_steady(self) -> bool:
+        """Whether all streams are running."""
+        return self.full is not None and self.steady is None
+
+    def begun(self) -> None:
+        """A stream has got its first token."""
+        self.started += 1
+        if self.started == self.streams:
+            self.full = time.perf_counter()
+
+    def came(self, tokens: int) -> None:
+        """A stream has got more of them."""
+        if self.is_steady:
             self.counted += tokens
 
     def ended(self) -> None:
@@ -68,28 +75,60 @@ def request(host: str, index: int, tokens: int) -> bytes:
     return head.encode() + f"Content-Length: {len(text)}\r\nConnection: close\r\n\r\n".encode() + text
 
 
-def round_(host: str, port: int, streams: int, tokens: int) -> tuple[float, float]:
+class Stream:
+    """A connection. After its first event the system wakes nobody for it, but at its end or for much at once."""
+
+    MUCH = 1 << 15
+
+    def __init__(self, host: str, port: int, index: int, tokens: int) -> None:
+        self.connection = socket.create_connection((host, port))
+        self.connection.sendall(request(host, index, tokens))
+        self.connection.setblocking(False)
+        self.has_begun = self.has_ended = False
+        self._last = b""
+
+    def read(self) -> int:
+        """Events that are there, which are then taken."""
+        count = 0
+        while not self.has_ended:
+            try:
+                data = self.connection.recv(1 << 16)
+            except BlockingIOError:
+                break
+            self.has_ended = not data
+            self._last = (self._last + data)[-200:]
+            count += data.count(b"data: ")
+        if count and not self.has_begun:
+            self.has_begun = True
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, self.MUCH)
+        if self.has_ended and b"data: [DONE]" not in self._last:
+            raise RuntimeError(f"a stream broke off: {self._last!r}")
+        return count
+
+
+def round_(host: str, port: int, count: int, tokens: int) -> tuple[float, float]:
     """All streams at once, to their ends."""
-    progress = Progress(streams)
+    progress = Progress(count)
     waiting = selectors.DefaultSelector()
-    for index in range(streams):
-        connection = socket.create_connection((host, port))
-        connection.sendall(request(host, index, tokens))
-        waiting.register(connection, selectors.EVENT_READ, [])
+    streams = [Stream(host, port, index, tokens) for index in range(count)]
+    for stream in streams:
+        waiting.register(stream.connection, selectors.EVENT_READ, stream)
     while waiting.get_map():
         for key, _ in waiting.select():
-            connection, seen = key.fileobj, key.data
-            data = connection.recv(65536)
-            if not data:
-                assert b"data: [DONE]" in b"".join(seen[-3:]), seen[-3:]
+            stream = key.data
+            had_begun = stream.has_begun
+            progress.came(stream.read())
+            if stream.has_begun and not had_begun:
+                progress.begun()
+                if progress.is_steady:
+                    for each in streams:
+                        each.read()  # what came before is not counted
+            if stream.has_ended:
+                if progress.is_steady:
+                    progress.came(sum(each.read() for each in streams))
                 progress.ended()
-                waiting.unregister(connection)
-                connection.close()
-            elif count := data.count(b"data: "):
-                progress.came(count, is_first=not seen)
-                seen.append(data)
-            elif seen:
-                seen.append(data)
+                waiting.unregister(stream.connection)
+                stream.connection.close()
     return progress.result()
 
 
