@@ -1,8 +1,9 @@
 """Linears with their weights in codes of at most 8 bits.
 
 In float32 the codes are widened in registers, and the result is that of the weight in floats. In bfloat16 the inputs
-become whole numbers of 16 bits with a scale of their own for each row and group, and the sums are exact. For those who
-ask for it (`native_a8`) they become whole numbers of 8 bits in its place, which is faster and less exact.
+become whole numbers of 16 bits with a scale of their own for each row and group, and the sums are exact. Where the
+method allows it (`QuantLinearSpec.input_bits`), or for those who name `native_a8`, they become whole numbers of 8 bits
+in its place, which is faster and less exact.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from quire.plugin import QuantLinearSpec
 from torch import Tensor
 
 from quire_cpu_native.native import PANEL, CodesFields, Native, rows_of
+
+A8, A16 = "codes_linear_a8", "codes_linear"
+"""Kernels, by the bits of their inputs in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ class CodesState:
 class NativeQuantLinear:
     """Codes of up to 4 bits take 4, others 8. Scales are held as float16 where that loses nothing."""
 
-    def __init__(self, spec: QuantLinearSpec, kernels: Native, kernel: str = "codes_linear") -> None:
+    def __init__(self, spec: QuantLinearSpec, kernels: Native, kernel: str = A16) -> None:
         self.spec = spec
         self._inputs, self._outputs = spec.in_features, spec.out_features
         self._memory = kernels.memory

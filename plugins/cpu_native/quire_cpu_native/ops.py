@@ -23,15 +23,13 @@ from quire.plugin import (
 from torch import Tensor
 
 from quire_cpu_native.build import best_isa
-from quire_cpu_native.codes import NativeQuantLinear
+from quire_cpu_native.codes import A8, A16, NativeQuantLinear
 from quire_cpu_native.native import PANEL, SUFFIXES, Native, native, rows_of
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 """In the order of rows.cpp."""
-A8, A16 = "codes_linear_a8", "codes_linear"
-"""Kernels for codes, by the bits of their inputs in bfloat16."""
 FAST_BYTES = frozenset({"avx512bf16"})
-"""Instruction sets on which inputs of 8 bits are as fast as those of 16 or faster for any number of rows."""
+"""Instruction sets on which inputs of 8 bits pay: from two rows on, for a few percent that a single one loses."""
 
 
 class NativeOps(OpSet):
@@ -44,6 +42,7 @@ class NativeOps(OpSet):
 
     def __init__(self, init: OpInit) -> None:
         super().__init__(init)
+        self._has_fast_bytes = best_isa() in FAST_BYTES
         self._native = native(torch.get_num_threads())
 
     def why_not(self, spec: OpSpec) -> list[str]:
@@ -64,7 +63,7 @@ class NativeOps(OpSet):
         if isinstance(spec, LinearSpec):
             return NativeLinear(spec, self._native)
         if isinstance(spec, QuantLinearSpec):
-            eight = spec.input_bits == 8 and spec.dtype is torch.bfloat16 and best_isa() in FAST_BYTES
+            eight = spec.input_bits == 8 and spec.dtype is torch.bfloat16 and self._has_fast_bytes
             return NativeQuantLinear(spec, self._native, A8 if eight else A16)
         raise UnsupportedModel(f"operation {spec.kind!r} is not one of {sorted(self.kinds)}")
 

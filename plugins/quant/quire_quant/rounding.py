@@ -51,11 +51,10 @@ class Int8Options(BaseModel):
 class Int4Options(Int8Options):
     """Options of the `int4` method."""
 
-    input_bits: Literal[8, 16] = 8
-    """8 lets kernels round a layer's inputs to 8 bits too, where that is faster: weights of 4 bits cost far more."""
-
     group_size: int = Field(default=32, ge=16)
     """Inputs that share a scale; a layer whose inputs it does not divide stays unquantized."""
+    input_bits: Literal[8, 16] = 8
+    """8 lets kernels round a layer's inputs to 8 bits too, where that is faster: weights of 4 bits cost far more."""
 
 
 class RoundingMethod(QuantMethod):

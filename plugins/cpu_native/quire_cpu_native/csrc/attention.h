@@ -217,9 +217,7 @@ class Work {
     }
     // Into the second cache: what is fetched before it is used does not push out of the first what is used now.
     QUIRE_INLINE static void fetch(const Kept* from, int64_t count) {
-#if defined(__GNUC__)
-        for (int64_t d = 0; d < count; d += 64 / (int64_t)sizeof(Kept)) __builtin_prefetch(from + d, 0, 2);
-#endif
+        for (int64_t d = 0; d < count; d += 64 / (int64_t)sizeof(Kept)) fetch_later(from + d);
     }
 
     // Scores of a row -> weights relative to its largest, in their place, and an empty sum of values.

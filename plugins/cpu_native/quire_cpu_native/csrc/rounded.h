@@ -6,7 +6,7 @@
 //   store<BITS>(to, values, n): n of them, in the order in which they meet codes;
 //   TAKEN_OFF<BITS>: what is taken off codes before they are multiplied; SUMMED<BITS>: whether sums of a lane are whole
 //   before `whole<BITS>` makes them so;
-//   add_words<BITS, MB, NV>(columns, x, ldx, begin, end, sums): adds words `begin` to `end` - 1 of MB rows from x on.
+//   add_word<BITS, MB, NV>(word, x, ldx, sums): adds the products of NV vectors of codes with MB rows from x on.
 #pragma once
 #include <cmath>
 
