@@ -1,13 +1,13 @@
 """What the server adds to the engine's own time per token: streams over HTTP beside the same streams without it.
 
-    python benchmarks/server_overhead.py [--streams 64] [--tokens 64 256] [--rounds 5] [--threads N] [--json FILE]
+    python benchmarks/server_overhead.py [--streams 64] [--tokens 64 256] [--rounds 15] [--threads N] [--json FILE]
 
 Both ways run in turn, each over an engine in a child process (`quire serve`'s default) on the bundled model. Three
 clocks are read. The first tells the time per token while all streams are running: from the first token of the last one
 to the first one's end. `whole` divides a round's time by its tokens: there the price of taking requests is in, which
 come all at once, and weighs more on short answers; so two lengths are measured. `busy` is the processor time of server
-and engine alone, without the clients: it can be measured on a machine that is busy otherwise. What counts is the ratio
-of medians.
+and engine alone, without the clients: it can be measured on a machine that is busy otherwise. What counts is the
+median of the rounds' ratios: each is of two measurements that follow each other, since a machine's speed drifts.
 
 The engine computes with --threads threads in both ways; by default with all processors, as `quire serve` does. The
 server then takes turns with it; with one thread fewer it runs beside it. The clients of the HTTP streams are a process
@@ -78,7 +78,7 @@ def serve(llm: AsyncLLM, **settings: Any) -> tuple[str, Any, threading.Thread]:
 
 
 def compare(llm: AsyncLLM, url: str, streams: int, tokens: int, rounds: int) -> dict[str, float]:
-    """Microseconds per token both ways and their ratio, by three clocks: medians of the rounds."""
+    """Microseconds per token both ways and the rounds' ratios, by three clocks: medians."""
     client_path = Path(__file__).with_name("streams_client.py")
     arguments = [sys.executable, str(client_path), url, str(streams), str(tokens)]
     alone, served = [], []
@@ -100,7 +100,8 @@ def compare(llm: AsyncLLM, url: str, streams: int, tokens: int, rounds: int) -> 
     figures = {}
     for index, kind in enumerate(("", "whole ", "busy ")):
         engine, server = (1e6 * statistics.median(times[index] for times in way) for way in (alone, served))
-        figures |= {f"{kind}engine us/token": engine, f"{kind}server us/token": server, f"{kind}ratio": server / engine}
+        ratio = statistics.median(after[index] / before[index] for after, before in zip(served, alone, strict=True))
+        figures |= {f"{kind}engine us/token": engine, f"{kind}server us/token": server, f"{kind}ratio": ratio}
     return figures
 
 
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[64, 256], help="of each stream, one length or several"
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     processors = len(os.sched_getaffinity(0))
     parser.add_argument("--threads", type=int, default=processors, help="of the engine: %(default)s")
     parser.add_argument("--json", type=Path)

@@ -61,8 +61,8 @@ class ServerSettings(_Section):
     """Seconds that a client may take to read what has been sent before it is given up."""
     sse_keepalive: float = Field(default=15.0, gt=0)
     """Seconds of silence on a stream after which a comment is sent, so that proxies keep it open."""
-    sse_pace: float = Field(default=0.01, ge=0, le=1)
-    """Seconds between two writes to a stream, at least; what comes faster goes out together, as events of their own."""
+    sse_pace: float = Field(default=0.05, ge=0, le=1)
+    """Seconds that a stream's events may wait for others to go out with, at most: 0.4 ms per open stream; 0: never."""
     access_log: bool = True
     """Log one line per request."""
     quiet_paths: tuple[str, ...] = ("/health", "/ready", "/metrics")

@@ -91,13 +91,23 @@ class Encoder:
 class Beat:
     """A clock that the streams of an event loop share, one timer for all that wait for its next stroke.
 
+    The more streams, the slower it beats, so that all their writes together take a bounded share of a processor; one
+    stream alone hardly waits.
+
     Args:
-        seconds: between two strokes, at least.
+        longest: seconds between two strokes, however many streams there are.
+        per_stream: seconds that each open stream adds, until `longest` is reached.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, longest: float, per_stream: float = 0.0004) -> None:
+        self.num_streams = 0
+        self._longest, self._per_stream = longest, per_stream
         self._waiting: list[asyncio.Future[None]] = []
+
+    @property
+    def seconds(self) -> float:
+        """Between two strokes, now."""
+        return min(self._longest, self.num_streams * self._per_stream)
 
     def stroke(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
         """Done at the next one."""
@@ -211,6 +221,7 @@ class Pipe:
         task = asyncio.current_task()
         assert task is not None
         self._watch_clock(task)
+        self._limits.beat.num_streams += 1
         try:
             is_open = True
             while is_open:
@@ -223,6 +234,7 @@ class Pipe:
                 self._pieces.clear()
                 await self._write_out(body, more=is_open)
         finally:
+            self._limits.beat.num_streams -= 1
             self._timer.cancel()
 
     async def _write_out(self, body: bytes, *, more: bool) -> None:

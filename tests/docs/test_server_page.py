@@ -85,7 +85,7 @@ def test_every_setting_is_told():
     fields = set(ServerSettings.model_fields) - {"host", "port", "served_names"}
     for name in fields:
         assert f"`{name}`" in text or f"`{name}." in text, name
-    for name, default in (("max_requests", "1,024"), ("timeout", "60"), ("sse_keepalive", "15"), ("sse_pace", "0.01")):
+    for name, default in (("max_requests", "1,024"), ("timeout", "60"), ("sse_keepalive", "15"), ("sse_pace", "0.05")):
         assert name in text
         assert default in text
 

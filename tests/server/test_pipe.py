@@ -49,7 +49,7 @@ def test_writes_keep_the_pace_and_streams_share_its_beat(instantly):
     """A write that follows another closely goes out with what comes until the beat."""
 
     async def scenario():
-        limits = StreamLimits(keepalive=15.0, write_timeout=60.0, beat=Beat(1.0))
+        limits = StreamLimits(keepalive=15.0, write_timeout=60.0, beat=Beat(1.0, per_stream=1.0))
         loop, written = asyncio.get_running_loop(), []
         began = loop.time()
 
@@ -83,9 +83,28 @@ def test_writes_keep_the_pace_and_streams_share_its_beat(instantly):
     assert instantly(scenario()) == [("a", 0.0, b"1"), ("b", 0.2, b"1"), *both, ("a", 4.0, b"4"), *end]
 
 
+def test_the_beat_slows_with_open_streams_up_to_its_longest(instantly):
+    async def scenario():
+        beat = Beat(1.0, per_stream=0.25)
+        limits, reader, seconds = StreamLimits(15.0, 60.0, beat), Reader(), []
+        pipes = [Pipe(reader.send, limits) for _ in range(6)]
+        tasks = []
+        for pipe in pipes:
+            tasks.append(asyncio.create_task(pipe.run()))
+            await asyncio.sleep(0)
+            seconds.append(beat.seconds)
+        tasks[0].cancel()
+        for pipe in pipes[1:]:
+            pipe.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return [*seconds, beat.seconds]
+
+    assert instantly(scenario()) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 0.0]
+
+
 def test_a_stream_that_ends_while_it_waits_leaves_the_beat_to_others(instantly):
     async def scenario():
-        limits, readers = StreamLimits(15.0, 60.0, Beat(1.0)), [Reader(), Reader()]
+        limits, readers = StreamLimits(15.0, 60.0, Beat(1.0, per_stream=1.0)), [Reader(), Reader()]
         tasks = []
         for reader in readers:
             pipe = Pipe(reader.send, limits)
