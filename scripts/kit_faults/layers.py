@@ -180,6 +180,33 @@ def takes_anything(model):
     model.load_weight = lambda name, tensor: load(name, tensor) or True
 
 
+def wants_the_first(model):
+    """The right number of states, of the wrong tokens."""
+    forward = model.forward
+
+    def forward_first(ids, positions, ctx):
+        wanted = None if ctx.wanted is None else torch.arange(len(ctx.wanted))
+        return forward(ids, positions, dataclasses.replace(ctx, wanted=wanted))
+
+    model.forward = forward_first
+
+
+def caches_what_is_wanted(model):
+    """Leaves tokens out before the last layer has cached them."""
+    forward = model.forward
+
+    def forgetful(ids, positions, ctx):
+        states = forward(ids, positions, ctx)
+        if ctx.wanted is not None:
+            kept = ctx.batch.slot_mapping[ctx.wanted]
+            others = [slot for slot in ctx.batch.slot_mapping.tolist() if slot not in kept.tolist()]
+            for cache in ctx.kv[-1]:
+                cache.view(-1, *cache.shape[2:])[others] = 0
+        return states
+
+    model.forward = forgetful
+
+
 def scales_logits(model):
     logits = model.logits
     model.logits = lambda hidden: logits(hidden) * 1.01
@@ -266,6 +293,8 @@ FAULTS = (
     Fault("missing tensors pass in silence", "model", spec_with(names_nothing)),
     Fault("unknown tensors pass in silence", "model", spec_with(takes_anything)),
     Fault("logits scaled", "model", spec_with(scales_logits)),
+    Fault("states of other tokens than were wanted", "model", spec_with(wants_the_first)),
+    Fault("tokens that nobody wants are not cached", "model", spec_with(caches_what_is_wanted)),
     Fault("more memory free than there is", "device", MemoryLies),
     Fault("host buffers not zeroed", "device", DirtyBuffers),
     Fault("a dtype that it cannot compute", "device", ClaimsIntegers),

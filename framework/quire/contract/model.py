@@ -24,12 +24,15 @@ class StepContext:
         batch: the step's rows.
         plan: what the backend planned for them.
         kv: the caches, indexed by `AttentionLayer.layer_id`.
+        wanted: int64 [R], at least one, ascending: the tokens whose hidden states will be read; None: all. A model may
+            leave out the others once every layer's keys and values are in the cache.
     """
 
     backend: AttentionBackend
     batch: AttentionBatch
     plan: Any
     kv: tuple[KVCaches, ...]
+    wanted: Tensor | None = None
 
     def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention over the cache, which already holds k and v; returns [T, Hq·Dv]."""
@@ -105,11 +108,14 @@ class CausalLM(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: StepContext) -> Tensor:
-        """input_ids int64 [T], positions int64 [T] -> hidden states [T, H], the final norm applied."""
+        """input_ids int64 [T], positions int64 [T] -> hidden states [T, H], the final norm applied.
+
+        Where `ctx.wanted` is given, those of its R tokens alone, [R, H], will do.
+        """
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, H] -> float32 [R, V]."""
+        """hidden [R, H] -> [R, V] of a floating dtype. Nothing but the engine holds them: it may overwrite them."""
 
     @abstractmethod
     def load_weight(self, name: str, tensor: Tensor) -> bool:

@@ -50,17 +50,29 @@ class ForwardPass:
         """Have the device capture the steps of this size. Raises whatever it fails with."""
         self._graphs.capture(key, self._work(padding))
 
-    def run(self, inputs: StepInputs, key: GraphKey | None) -> Tensor:
-        """Hidden states [T, H] of the step's tokens, padding included."""
-        hidden: Tensor = self._graphs.run(key, self._work(inputs))
+    def run(self, inputs: StepInputs, key: GraphKey | None, *, needs_all: bool) -> Tensor:
+        """Hidden states [T, H] of the step's tokens, padding included.
+
+        Unless it `needs_all`, they may be those of `inputs.sample_rows` alone; where no row samples, of any token.
+        """
+        wanted = None if needs_all or key is not None else _sampled(inputs)
+        hidden: Tensor = self._graphs.run(key, self._work(inputs, wanted))
         return hidden
 
     def run_eagerly(self, inputs: StepInputs) -> Tensor:
         """As `run`, whatever graphs there are."""
         return self._work(inputs)()
 
-    def _work(self, inputs: StepInputs) -> Callable[[], Tensor]:
+    def _work(self, inputs: StepInputs, wanted: Tensor | None = None) -> Callable[[], Tensor]:
         """What a graph captures of a step. Planning stands before it: it may look at the host's lengths."""
         plan = self._backend.plan(inputs.attention)
-        ctx = StepContext(self._backend, inputs.attention, plan, self.kv)
+        ctx = StepContext(self._backend, inputs.attention, plan, self.kv, wanted)
         return lambda: self._model.forward(inputs.input_ids, inputs.positions, ctx)
+
+
+def _sampled(inputs: StepInputs) -> Tensor | None:
+    """The tokens that rows sample from, at least one; None: all."""
+    rows = inputs.sample_rows
+    if len(rows) == len(inputs.input_ids):
+        return None
+    return rows if len(rows) else rows.new_zeros(1)

@@ -25,13 +25,19 @@ class PromptFigures:
     count: int
 
 
+def any_prompt_figures(rows: Sequence[ScheduledRow], table: RowTable) -> bool:
+    """Whether a row asks for log probabilities of its prompt."""
+    return any(table.rows[row.slot].new.params.prompt_logprobs is not None for row in rows)
+
+
 def prompt_figures(
     rows: Sequence[ScheduledRow], hidden: Tensor, table: RowTable, logits: Callable[[Tensor], Tensor]
 ) -> dict[str, PromptFigures]:
     """By request id, for the rows that ask for them.
 
     Args:
-        hidden: [T, H], the step's states. table: where the rows' tokens are. logits: of states, [R, H] -> [R, V].
+        hidden: [T, H], the step's states; fewer if no row asks. table: where the rows' tokens are.
+        logits: of states, [R, H] -> [R, V].
     """
     found: dict[str, PromptFigures] = {}
     start = 0

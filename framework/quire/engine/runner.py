@@ -27,7 +27,7 @@ from quire.engine.forward import ForwardPass
 from quire.engine.isolate import isolate
 from quire.engine.launched import Launched, Running, Times
 from quire.engine.preparing import SampledRows, StepPreparer, StepSizes
-from quire.engine.prompts import prompt_entries, prompt_figures
+from quire.engine.prompts import any_prompt_figures, prompt_entries, prompt_figures
 from quire.sampling.pipeline import SamplingPipeline, SamplingResult
 
 
@@ -170,7 +170,7 @@ class Runner:
         key = self._forward.pick(rows)
         inputs, sampling = self._preparer.prepare(rows, key)
         times.build += times.lap()
-        hidden = self._forward.run(inputs, key)
+        hidden = self._forward.run(inputs, key, needs_all=any_prompt_figures(rows, self._rows))
         times.forward += times.lap()
         sampled = self._sample(sampling, hidden, inputs)
         prompts = prompt_figures(rows, hidden, self._rows, self._parts.model.logits)

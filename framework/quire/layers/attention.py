@@ -61,8 +61,13 @@ class Attention:
             if name is not None:
                 self._expect_norm(init, table, name, attribute, style)
 
-    def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], ctx: StepContext) -> Tensor:
-        """x [T, hidden_size] -> [T, hidden_size]; `rotary` is cos and sin at the tokens' positions."""
+    def __call__(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], ctx: StepContext, wanted: Tensor | None = None
+    ) -> Tensor:
+        """x [T, hidden_size] -> [T, hidden_size], or of the R tokens `wanted` [R, hidden_size].
+
+        `rotary` is cos and sin at the tokens' positions.
+        """
         step = QKVStep(
             layer=self.layer,
             qkv=self._qkv(x),
@@ -73,7 +78,8 @@ class Attention:
             q_norm=self._q_norm,
             k_norm=self._k_norm,
         )
-        return self._out(ctx.attend_qkv(step))
+        attended = ctx.attend_qkv(step)
+        return self._out(attended if wanted is None else attended.index_select(0, wanted))
 
     def _expect_norm(
         self, init: ModelInit, table: WeightTable, name: str, attribute: str, style: AttentionStyle

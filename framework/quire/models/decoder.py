@@ -118,7 +118,9 @@ class Decoder(CausalLM):
             x = x * self._scale
         residual: Tensor | None = None
         for layer, rope in zip(self._layers, self._config.rope_of_layer, strict=True):
-            x, residual = layer(x, residual, rotary[rope], ctx)
+            # Behind the last layer's keys and values nothing depends on the tokens that nobody will read.
+            wanted = ctx.wanted if layer is self._layers[-1] else None
+            x, residual = layer(x, residual, rotary[rope], ctx, wanted)
         return self._norm(x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -126,6 +128,7 @@ class Decoder(CausalLM):
         cap = self._config.final_softcap
         if cap is None:
             return logits
+        logits = logits.float()
         capped = elementwise(torch.tanh, logits / cap) if self._deterministic else torch.tanh(logits / cap)
         return capped * cap
 
@@ -148,7 +151,7 @@ class Decoder(CausalLM):
 
 
 class DecoderLayer:
-    """One layer. Takes and returns (output of the last block, residual stream without it)."""
+    """One layer. Takes and returns (output of the last block, residual stream without it); of the tokens `wanted`."""
 
     def __init__(self, init: ModelInit, table: WeightTable, layer: AttentionLayer) -> None:
         config: DecoderConfig = init.config
@@ -171,13 +174,21 @@ class DecoderLayer:
         self.graph = GraphSupport.NEVER if isinstance(self._mlp, QuantizedSparseMLP) else GraphSupport.ANY
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None, rotary: tuple[Tensor, Tensor], ctx: StepContext
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        ctx: StepContext,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         if residual is None:
             normed, residual = self._input_norm(x)[0], x
         else:
             normed, residual = self._input_norm(x, residual)
-        x = self.attention(normed, rotary, ctx)
+        x = self.attention(normed, rotary, ctx, wanted)
+        if wanted is not None:
+            assert residual is not None
+            residual = residual.index_select(0, wanted)
         if self._after_attention is not None:
             x = self._after_attention(x)[0]
         x, residual = self._mlp_norm(x, residual)

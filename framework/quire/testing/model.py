@@ -48,8 +48,11 @@ class PagedRun:
         )
 
     @torch.inference_mode()
-    def feed(self, counts: Sequence[int]) -> list[Tensor]:
-        """Compute the next `counts[r]` tokens of each row; logits [count, V] per row."""
+    def feed(self, counts: Sequence[int], wanted: Tensor | None = None) -> list[Tensor]:
+        """Compute the next `counts[r]` tokens of each row; float32 logits [count, V] per row.
+
+        With tokens `wanted`: the logits [R, V] of those of the step's tokens, alone in the list.
+        """
         rows = [row for row, count in enumerate(counts) if count]
         case = make_batch([counts[r] for r in rows], [self.done[r] for r in rows], block_size=BLOCK_SIZE)
         batch = case.batch
@@ -64,10 +67,15 @@ class PagedRun:
         batch.slot_mapping.copy_(torch.tensor(slots))
         ids = [t for r in rows for t in self.prompts[r][self.done[r] : self.done[r] + counts[r]]]
         at = [p for r in rows for p in range(self.done[r], self.done[r] + counts[r])]
-        ctx = StepContext(self.backend, batch, self.backend.plan(batch), self._kv)
-        logits = self.model.logits(self.model.forward(torch.tensor(ids), torch.tensor(at), ctx))
+        ctx = StepContext(self.backend, batch, self.backend.plan(batch), self._kv, wanted)
+        hidden = self.model.forward(torch.tensor(ids), torch.tensor(at), ctx)
+        if wanted is not None and len(hidden) == len(ids):
+            hidden = hidden[wanted]
+        logits = self.model.logits(hidden).float()
         for row in rows:
             self.done[row] += counts[row]
+        if wanted is not None:
+            return [logits]
         return list(torch.split(logits, [counts[r] for r in rows]))
 
 
@@ -167,6 +175,25 @@ class ModelConformance:
         for at_once, piece in zip(whole, pieces, strict=True):
             torch.testing.assert_close(torch.cat(piece), at_once, atol=self.tolerance, rtol=0)
 
+    def test_wanted_tokens_alone(
+        self, folder: Path, spec: ModelSpec, parts: tuple[type[AttentionBackend], type[OpSet]]
+    ) -> None:
+        """A step of which few tokens' states are wanted gives those of the same tokens, and caches all.
+
+        If it fails: return the states of all tokens, or those of `ctx.wanted` in its order; leave nothing out before
+        the last layer's keys and values are in the cache.
+        """
+        model, backend = self.load(folder, spec, parts)
+        prompts = [p for p in self.prompts(model.vocab_size) if len(p) > 2]
+        run, few = (PagedRun(model, backend, prompts) for _ in range(2))
+        firsts = [len(p) // 2 for p in prompts]
+        ends = torch.tensor(firsts).cumsum(0) - 1
+        found = few.feed(firsts, ends)[0]
+        torch.testing.assert_close(found, torch.cat(run.feed(firsts))[ends], atol=self.tolerance, rtol=0)
+        rests = [len(p) - first for p, first in zip(prompts, firsts, strict=True)]
+        for ours, whole in zip(few.feed(rests), run.feed(rests), strict=True):
+            torch.testing.assert_close(ours, whole, atol=self.tolerance, rtol=0)
+
     def test_missing_and_unexpected_tensors_are_named(
         self,
         folder: Path,
@@ -198,7 +225,7 @@ class ModelConformance:
     ) -> None:
         """bfloat16 runs, and its logits point the same way as float32's.
 
-        If it fails: norm, rotate and take the softmax in float32, and return float32 logits.
+        If it fails: norm, rotate and take the softmax in float32.
         """
         prompts = self.prompts(100)
         outcomes = []
