@@ -26,7 +26,7 @@ from quire_cpu_native.native import CodesFields, Native
 from torch import get_num_threads, set_num_threads
 from torch.profiler import ProfilerActivity, profile
 
-WARM_UP = 4
+WARM_UP = 12
 ROUNDS = 8
 """In which eager and recorded steps take turns."""
 Clock = Callable[[], float]

@@ -70,7 +70,8 @@ class Measurement:
 
     def _decode(self, point: Point) -> float:
         """From the moment when every request has its first token."""
-        for context, count in ((16, 3), (point.context, NEW_TOKENS)):  # the first warms up
+        # The first warms up, until Quire has recorded a step of so many rows.
+        for context, count in ((16, 12), (point.context, NEW_TOKENS)):
             waiting = {self._add(context, count) for _ in range(point.batch)}
             while waiting:
                 waiting -= {key for key, tokens in self.engine.step() if tokens}

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import itertools
+import random
 import threading
 
 import pytest
@@ -15,7 +16,7 @@ from quire_cpu_native.build import missing
 from quire_cpu_native.device import NativeDevice, NativeDeviceOptions, RecordingRunner, same_bits
 from quire_cpu_native.native import LISTENER
 from quire_cpu_native.ops import NativeOps
-from quire_cpu_native.recording import Kernels, Recorder
+from quire_cpu_native.recording import CHUNK, Kernels, Recorder, Workspace
 from quire_cpu_ref.ops import TorchOps
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -79,7 +80,7 @@ def test_a_recording_computes_anew_from_what_stands_at_its_inputs(runner, block)
 
 def test_kernels_that_follow_each_other_become_one_call(block):
     x = torch.randn(3, SIZE)
-    recorder = Recorder()
+    recorder = Recorder(Workspace())
     recording = recorder.recording(recorder.run(lambda: block(x)))
     kinds = [len(piece._calls) if isinstance(piece, Kernels) else 0 for piece in recording.pieces]
     assert [kind for kind in kinds if kind] == [3, 1]
@@ -205,6 +206,58 @@ def test_a_step_that_fails_in_its_proof_is_recorded_anew(runner, block):
     assert len(runs) == 2
 
 
+def test_recordings_of_all_sizes_share_the_memory_of_the_largest(block):
+    with torch.inference_mode():
+        runner, inputs = RecordingRunner(range(1, 9)), {n: torch.empty(n, SIZE) for n in range(1, 9)}
+        rng = random.Random(0)
+        sizes = [size for size in inputs for _ in range(4)]
+        rng.shuffle(sizes)
+        for size in sizes + sizes:
+            x = inputs[size].normal_()
+            found = runner.run(GraphKey(1, size, size), lambda x=x: wide(x))
+            assert same_bits(found, wide(x))
+        assert len(runner._proven) == 8
+        largest = 6 * 8 * SIZE * 3000 * 4
+        assert largest <= runner._workspace.num_bytes <= largest + CHUNK
+
+
+def wide(x):
+    """Work in six pieces of memory that is given without content, 0.6 MB of each for a row."""
+    pieces = [torch.empty(len(x), 3000, SIZE) for _ in range(6)]
+    pieces[0].copy_(x[:, None])
+    for before, after in itertools.pairwise(pieces):
+        torch.add(before, 1, out=after)
+    return x.new_empty(len(x), 7).copy_(pieces[-1][:, -1, -7:])
+
+
+def test_a_large_size_is_recorded_when_it_has_come_often_enough(block):
+    with torch.inference_mode():
+        runner, x = RecordingRunner([12, 13]), torch.randn(3, SIZE)
+        for rows, eager in ((12, 3), (13, 4)):
+            work, runs = watched(lambda: block(x))
+            for step in range(8):
+                runner.run(GraphKey(1, rows, rows), work)
+                assert len(runs) == min(step + 1, eager + 1), "until it is recorded, and once for the proof"
+
+
+def test_a_workspace_keeps_strides_and_gives_the_same_places_again():
+    workspace = Workspace()
+    kinds = [torch.empty(3, 5).t(), torch.empty(0, 4), torch.empty(7, dtype=torch.int8)[::2], torch.empty(CHUNK, 2)]
+    kinds.append(torch.empty(2, 3, 4, dtype=torch.bfloat16).permute(2, 0, 1))
+    rounds = []
+    for _ in range(2):
+        workspace.rewind()
+        made = [workspace.like(kind) for kind in kinds]
+        for value, tensor in enumerate(made):
+            tensor.fill_(value)
+        for value, (tensor, kind) in enumerate(zip(made, kinds, strict=True)):
+            assert (tensor.shape, tensor.stride(), tensor.dtype) == (kind.shape, kind.stride(), kind.dtype)
+            assert tensor.data_ptr() % 64 == 0
+            assert bool((tensor == value).all())
+        rounds.append([tensor.data_ptr() for tensor in made])
+    assert rounds[0] == rounds[1]
+
+
 def test_new_caches_make_new_recordings(runner):
     old, new = torch.ones(3), torch.full((3,), 7.0)
     for _ in range(3):
@@ -215,7 +268,7 @@ def test_new_caches_make_new_recordings(runner):
 
 
 def test_other_threads_are_not_recorded(block):
-    x, recorder = torch.randn(3, SIZE), Recorder()
+    x, recorder = torch.randn(3, SIZE), Recorder(Workspace())
 
     def work():
         other = threading.Thread(target=lambda: block(torch.randn(3, SIZE)))
@@ -231,7 +284,7 @@ def test_sizes_are_an_option():
     def keys(**options):
         return NativeDevice(DeviceInit(options=NativeDeviceOptions(**options))).graph_runner().keys()
 
-    assert keys() == NativeDevice(DeviceInit()).graph_runner().keys() == tuple(GraphKey(1, n, n) for n in range(1, 9))
+    assert keys() == NativeDevice(DeviceInit()).graph_runner().keys() == tuple(GraphKey(1, n, n) for n in range(1, 65))
     assert keys(recorded_sizes=(2, 16)) == (GraphKey(1, 2, 2), GraphKey(1, 16, 16))
     assert keys(recorded_sizes=()) == ()
     with pytest.raises(ValidationError, match="greater than 0"):

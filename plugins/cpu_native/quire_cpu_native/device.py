@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -11,12 +12,14 @@ from pydantic import PositiveInt
 from quire.plugin import DeviceInit, GraphKey, GraphRunner, HostDevice, HostDeviceOptions
 from torch import Tensor
 
-from quire_cpu_native.recording import Recorder, Recording
+from quire_cpu_native.recording import Recorder, Recording, Workspace
 
 logger = logging.getLogger(__name__)
 
-RECORDED_SIZES = tuple(range(1, 9))
+RECORDED_SIZES = tuple(range(1, 65))
 """Rows of the recorded decode steps. With more of them kernels take so long that what surrounds them is little."""
+PATIENCE = 4
+"""Rows for each time that a size must come until it is recorded, since its proof takes as long as a step of it."""
 
 
 class NativeDeviceOptions(HostDeviceOptions):
@@ -40,9 +43,10 @@ class NativeDevice(HostDevice):
 class RecordingRunner(GraphRunner):
     """Runs steps eagerly until their key's recording has proven itself, then replays that.
 
-    A key's first step is recorded as it runs. At the second the recording is replayed on memory that was spoilt, and
-    then the step is run eagerly: if both do not agree, something computes unseen (kernels of somebody else, values that
-    the host carries), and nothing is recorded any more. What a recording holds are the activations of one step.
+    A key's first step is recorded as it runs, or a later one if it has many rows. At the next one the recording is
+    replayed on memory that was spoilt, and then the step is run eagerly: if both do not agree, something computes
+    unseen (kernels of somebody else, values that the host carries), and nothing is recorded any more. What recordings
+    hold are the activations of one step, of the largest size.
 
     Args:
         sizes: rows of the decode steps to record.
@@ -52,6 +56,8 @@ class RecordingRunner(GraphRunner):
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self._keys = tuple(GraphKey(1, size, size) for size in sizes)
+        self._workspace = Workspace()
+        self._seen: Counter[GraphKey] = Counter()
         self._new: dict[GraphKey, Recording] = {}
         self._proven: dict[GraphKey, Recording] = {}
         self._refused = False
@@ -71,10 +77,13 @@ class RecordingRunner(GraphRunner):
         if proven is not None:
             return proven.replay()
         new = self._new.pop(key, None)
-        return self._record(key, work) if new is None else self._prove(key, new, work)
+        if new is not None:
+            return self._prove(key, new, work)
+        self._seen[key] += 1
+        return self._record(key, work) if self._seen[key] * PATIENCE >= key.num_reqs else work()
 
     def _record(self, key: GraphKey, work: Callable[[], Any]) -> Any:
-        recorder = Recorder()
+        recorder = Recorder(self._workspace)
         result = recorder.run(work)
         if recorder.why_not:
             self._refuse(recorder.why_not)

@@ -1,8 +1,8 @@
 """A step's work, noted while it runs once, and run again without what surrounds it: Python, modules, allocations.
 
 What is noted are the operations of torch and the calls of this plugin's kernels, with the addresses that they had. All
-memory that they made is kept, so that the addresses stay good; it holds activations alone. Kernels that follow each
-other become one call.
+memory that they made is kept, so that the addresses stay good; it holds activations alone, and recordings of which no
+two run at once share it. Kernels that follow each other become one call.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
+from quire.plugin import HostArena
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +25,9 @@ EMPTY = frozenset(
     {ATEN.empty, ATEN.empty_like, ATEN.empty_permuted, ATEN.empty_strided, ATEN.new_empty, ATEN.new_empty_strided}
 )
 """Operations that give memory and write nothing into it."""
+CHUNK = 16 << 20
+"""Bytes that a workspace grows by, at least."""
+ALIGNMENT = 64
 READ_BY_HOST = frozenset({ATEN.resolve_conj, ATEN.resolve_neg})
 """What `Tensor.tolist` and `Tensor.numpy` leave to be seen when they hand values to the host."""
 
@@ -33,6 +37,42 @@ class Piece(Protocol):
 
     def run(self) -> None:
         """Run it again."""
+
+
+class Workspace:
+    """Memory that a recording takes from the beginning on, whatever others have put there.
+
+    What a step computes is forgotten at the next one, so that all recordings may lie in the memory of the largest.
+    """
+
+    def __init__(self) -> None:
+        self._memory = HostArena()
+        self._chunks: list[Tensor] = []
+        self._place = self._used = 0  # the chunk to take from, and bytes of it that are taken
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all chunks."""
+        return sum(len(chunk) for chunk in self._chunks)
+
+    def rewind(self) -> None:
+        """Begin anew."""
+        self._place = self._used = 0
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Room for a tensor of this dtype, shape and strides, with any content."""
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        room = self._take((last + 1) * tensor.element_size() if tensor.numel() else 0)
+        return room.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+
+    def _take(self, num_bytes: int) -> Tensor:
+        taken = -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        while self._place < len(self._chunks) and self._used + taken > len(self._chunks[self._place]):
+            self._place, self._used = self._place + 1, 0
+        if self._place == len(self._chunks):
+            self._chunks.append(self._memory.empty(max(taken, CHUNK)))
+        begin, self._used = self._used, self._used + taken
+        return self._chunks[self._place][begin : begin + num_bytes]
 
 
 class Kernels:
@@ -102,12 +142,16 @@ class Recording:
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes what is computed within it, by this thread.
 
+    Args:
+        workspace: gives the memory that is asked for without content.
+
     Attributes:
         why_not: why what was noted is not the same calls on the same addresses every time; empty if it may be.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, workspace: Workspace) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._workspace = workspace
         self._pieces: list[Piece] = []
         self._open: Kernels | None = None  # the last piece, if kernels may still join it
         self._made: list[Tensor] = []
@@ -116,7 +160,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def run(self, work: Callable[[], Any]) -> Any:
         """Run the work, once, and return its result. Raises whatever it raises."""
-        self._held.append(work)  # and with it what it reads
+        self._workspace.rewind()
+        self._held += [self._workspace, work]  # and with it what it reads
         token = LISTENER.set(self._note_kernel)
         try:
             with self:
@@ -139,6 +184,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         keywords = kwargs or {}
         made = func(*args, **keywords)
+        if func.overloadpacket in EMPTY and _is_plain(made):
+            made = self._workspace.like(made)
+            self._made.append(made)
+            return made
         self.why_not = self.why_not or _why_not(func, args, made)
         if not self.why_not:
             self._note_operation(func, args, keywords, made)
@@ -156,8 +205,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         fresh = tuple((place, tensor) for place, tensor in enumerate(results) if _memory(tensor) not in given)
         self._held += results
         self._made += [tensor for _, tensor in fresh]
-        computes = function._schema.is_mutable or (fresh and function.overloadpacket not in EMPTY)
-        if computes:  # others are views, or memory without content
+        if function._schema.is_mutable or fresh:  # others are views
             self._pieces.append(Operation(function, arguments, keywords, fresh))
             self._open = None
 
@@ -177,6 +225,11 @@ def _why_not(function: Any, arguments: tuple[Any, ...], made: Any) -> str:
     if torch.Tag.inplace_view in tags and function.overloadpacket is not ATEN.detach_:
         return f"a tensor changes its shape ({function})"
     return ""
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it lies in main memory as its strides say."""
+    return tensor.layout is torch.strided and tensor.device.type == "cpu"
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
