@@ -82,7 +82,7 @@ class Sampler(ABC):
             logits: [R, V] of a floating dtype, as the model computed them.
 
         Returns:
-            float32 [R, V], the same values: theirs to overwrite who follow, and valid until the next call;
+            float32 [R, V] of the same values, valid until the next call, which processors and `sample` may overwrite;
             bool [R], whether all of a row's values are finite.
         """
         logits = logits.float()

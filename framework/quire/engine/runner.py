@@ -202,8 +202,9 @@ class Runner:
         if not sampling.slots:
             return None
         parts = self._parts
-        every_token_samples = len(sampling.slots) == len(hidden)  # as in most decode steps
-        logits = parts.model.logits(hidden if every_token_samples else hidden.index_select(0, inputs.sample_rows))
+        # Each token samples, as in most decode steps, or the model has left out those that do not.
+        no_others = len(sampling.slots) == len(hidden)
+        logits = parts.model.logits(hidden if no_others else hidden.index_select(0, inputs.sample_rows))
         result = parts.pipeline.run(logits, sampling.slots, sampling.lengths, self._rows.token_ids, sampling.batch)
         self._rows.store(sampling.places, result.token_ids)
         return result
