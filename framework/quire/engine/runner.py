@@ -170,11 +170,10 @@ class Runner:
         key = self._forward.pick(rows)
         inputs, sampling = self._preparer.prepare(rows, key)
         times.build += times.lap()
-        tells_prompts = any_prompt_figures(rows, self._rows)
-        hidden = self._forward.run(inputs, key, needs_all=tells_prompts)
+        hidden = self._forward.run(inputs, key, needs_all=any_prompt_figures(rows, self._rows))
         times.forward += times.lap()
         sampled = self._sample(sampling, hidden, inputs)
-        prompts = prompt_figures(rows, hidden, self._rows, self._parts.model.logits) if tells_prompts else {}
+        prompts = prompt_figures(rows, hidden, self._rows, self._parts.model.logits)
         tensors = [prompt.figures for prompt in prompts.values()]
         if sampled is not None:
             tensors += sampled.tensors()

@@ -34,6 +34,7 @@ SIGNATURES: Mapping[str, str] = MappingProxyType(
         "codes_weight": "ppp",
         "codes_linear": "ppppipi",
         "codes_linear_a8": "ppppipi",
+        "widen": "ppippii",
         "sample": "pppp",
     }
 )
