@@ -100,7 +100,7 @@ def compare(llm: AsyncLLM, url: str, streams: int, tokens: int, rounds: int) -> 
     figures = {}
     for index, kind in enumerate(("", "whole ", "busy ")):
         engine, server = (1e6 * statistics.median(times[index] for times in way) for way in (alone, served))
-        ratio = statistics.median(after[index] / before[index] for after, before in zip(served, alone, strict=True))
+        ratio = statistics.median(http[index] / plain[index] for http, plain in zip(served, alone, strict=True))
         figures |= {f"{kind}engine us/token": engine, f"{kind}server us/token": server, f"{kind}ratio": ratio}
     return figures
 

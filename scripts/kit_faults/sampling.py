@@ -71,21 +71,6 @@ class Overflows(Sampler):
         return torch.where(logits.exp().sum(-1).isfinite(), exact, 0)
 
 
-class MissesNan(TorchSampler):
-    """Compares the largest with infinity, as if NaN were smaller."""
-
-    def widen(self, logits):
-        wide = logits.float()
-        return wide, ~torch.isinf(wide).any(-1)
-
-
-class WidensToHalf(TorchSampler):
-    """Rounds on the way."""
-
-    def widen(self, logits):
-        return super().widen(logits.half())
-
-
 class KeepsTop(LogitsProcessor):
     """Right: leaves the most likely tokens, and only where it is asked to."""
 
@@ -210,8 +195,6 @@ FAULTS = (
     Fault("neighbouring seeds draw alike", "sampler", SlowSeeds),
     Fault("greedy takes the last of equals", "sampler", TakesLastOfEquals),
     Fault("exp overflows", "sampler", Overflows),
-    Fault("NaN passes for finite", "sampler", MissesNan),
-    Fault("logits are rounded", "sampler", WidensToHalf),
     Fault("argmax_invariant is a lie", "logits_processor", KeepsSecond, KEEP),
     Fault("state by row, not by slot", "logits_processor", CountsRows, PENALTIES),
     Fault("reads stale tokens", "logits_processor", ReadsAhead, PRESENCE),

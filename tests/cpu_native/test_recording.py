@@ -206,7 +206,7 @@ def test_a_step_that_fails_in_its_proof_is_recorded_anew(runner, block):
     assert len(runs) == 2
 
 
-def test_recordings_of_all_sizes_share_the_memory_of_the_largest(block):
+def test_recordings_of_all_sizes_share_the_memory_of_the_largest():
     with torch.inference_mode():
         runner, inputs = RecordingRunner(range(1, 9)), {n: torch.empty(n, SIZE) for n in range(1, 9)}
         rng = random.Random(0)

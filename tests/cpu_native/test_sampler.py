@@ -77,24 +77,3 @@ def test_a_row_without_a_distribution_gives_some_token_and_harms_no_other(bad):
     found = whole.sample(broken, sampling_batch(rows))
     assert 0 <= found[1] < 100
     assert found[[0, 2]].tolist() == tokens[[0, 2]].tolist()
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    rows=st.integers(1, 40),
-    vocab=st.sampled_from([1, 15, 16, 17, 700, 16384, 16385, 50_001]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    spoilt=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True)), max_size=4),
-    bad=st.sampled_from([float("nan"), float("inf"), float("-inf")]),
-)
-def test_widened_logits_are_the_references(rows, vocab, dtype, spoilt, bad):
-    """Rows that are apart, and one NaN or infinity anywhere."""
-    logits = torch.randn(rows, vocab + 5, generator=torch.Generator().manual_seed(rows)).to(dtype)[:, 3 : vocab + 3]
-    for row, column in spoilt:
-        logits[int(row * rows), int(column * vocab)] = bad
-    before, init = logits.clone(), SamplerInit(torch.device("cpu"), vocab, rows)
-    (expected, sound), (wide, finite) = (sampler(init).widen(logits) for sampler in (TorchSampler, NativeSampler))
-    assert torch.equal(wide.nan_to_num(7.0), expected.nan_to_num(7.0))
-    assert finite.tolist() == sound.tolist()
-    assert torch.equal(logits.nan_to_num(7.0), before.nan_to_num(7.0))
-    assert finite.all() == (not spoilt)

@@ -66,7 +66,8 @@ class GraphRunner(ABC):
         """Run `work`, or its captured form for `key`; None: eagerly.
 
         For one key, `work` reads and writes the same addresses every time. The result of a captured form is
-        overwritten by the next run with the same key.
+        overwritten by the next run with any key, and so is all memory that `work` has asked for: what must outlive a
+        step is made before.
         """
 
     def capture(self, key: GraphKey, work: Callable[[], Any]) -> None:

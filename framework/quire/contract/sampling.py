@@ -1,17 +1,15 @@
 """From logits to tokens: logits processors edit, one sampler chooses.
 
-Order of a step, for logits [R, V] of the rows that need a token:
- 1. the sampler widens them to float32, and finds the rows that are not finite, which fail;
- 2. raw log probabilities are taken here, if a row asked for any;
- 3. processors apply in place: allowed and bad tokens, logit bias, minimum tokens, penalties,
+Order of a step, for logits float32 [R, V] of the rows that need a token:
+ 1. raw log probabilities are taken here, if a row asked for any;
+ 2. processors apply in place: allowed and bad tokens, logit bias, minimum tokens, penalties,
     then those of plugins;
- 4. the sampler divides by temperature, truncates (top-k, top-p, min-p), draws.
+ 3. the sampler divides by temperature, truncates (top-k, top-p, min-p), draws.
 If every row is greedy and no processor is active, only argmax runs.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,23 +70,6 @@ class Sampler(ABC):
 
     def __init__(self, init: SamplerInit) -> None:
         self.init = init
-
-    def widen(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """A step's logits in float32, and which rows can be sampled from.
-
-        A sampler that has a faster way overrides it. The engine calls it once a step, before processors and `sample`.
-
-        Args:
-            logits: [R, V] of a floating dtype, as the model computed them.
-
-        Returns:
-            float32 [R, V] of the same values, valid until the next call, which processors and `sample` may overwrite;
-            bool [R], whether all of a row's values are finite.
-        """
-        logits = logits.float()
-        # A row is finite if its range is (NaN passes through); no temporary of the logits' size. On a CPU torch's
-        # aminmax takes ten times as long as the two.
-        return logits, logits.amax(-1) - logits.amin(-1) < math.inf
 
     @abstractmethod
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:

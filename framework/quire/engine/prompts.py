@@ -36,7 +36,7 @@ def prompt_figures(
     """By request id, for the rows that ask for them.
 
     Args:
-        hidden: [T, H], the step's states; fewer if no row asks. table: where the rows' tokens are.
+        hidden: [T, H], the step's states. table: where the rows' tokens are.
         logits: of states, [R, H] -> [R, V].
     """
     found: dict[str, PromptFigures] = {}

@@ -170,10 +170,11 @@ class Runner:
         key = self._forward.pick(rows)
         inputs, sampling = self._preparer.prepare(rows, key)
         times.build += times.lap()
-        hidden = self._forward.run(inputs, key, needs_all=any_prompt_figures(rows, self._rows))
+        tells_prompts = any_prompt_figures(rows, self._rows)
+        hidden = self._forward.run(inputs, key, needs_all=tells_prompts)
         times.forward += times.lap()
         sampled = self._sample(sampling, hidden, inputs)
-        prompts = prompt_figures(rows, hidden, self._rows, self._parts.model.logits)
+        prompts = prompt_figures(rows, hidden, self._rows, self._parts.model.logits) if tells_prompts else {}
         tensors = [prompt.figures for prompt in prompts.values()]
         if sampled is not None:
             tensors += sampled.tensors()

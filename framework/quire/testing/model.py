@@ -47,12 +47,13 @@ class PagedRun:
             tuple(torch.zeros(self._num_blocks, *spec.shape, dtype=spec.dtype) for spec in layer) for layer in specs
         )
 
-    @torch.inference_mode()
-    def feed(self, counts: Sequence[int], wanted: Tensor | None = None) -> list[Tensor]:
-        """Compute the next `counts[r]` tokens of each row; float32 logits [count, V] per row.
+    def feed(self, counts: Sequence[int]) -> list[Tensor]:
+        """Compute the next `counts[r]` tokens of each row; logits [count, V] per row."""
+        return list(torch.split(self.step(counts), [count for count in counts if count]))
 
-        With tokens `wanted`: the logits [R, V] of those of the step's tokens, alone in the list.
-        """
+    @torch.inference_mode()
+    def step(self, counts: Sequence[int], wanted: Tensor | None = None) -> Tensor:
+        """As `feed`: logits [T, V] of the step's tokens, or [R, V] of those `wanted`."""
         rows = [row for row, count in enumerate(counts) if count]
         case = make_batch([counts[r] for r in rows], [self.done[r] for r in rows], block_size=BLOCK_SIZE)
         batch = case.batch
@@ -71,12 +72,10 @@ class PagedRun:
         hidden = self.model.forward(torch.tensor(ids), torch.tensor(at), ctx)
         if wanted is not None and len(hidden) == len(ids):
             hidden = hidden[wanted]
-        logits = self.model.logits(hidden).float()
+        logits = self.model.logits(hidden)
         for row in rows:
             self.done[row] += counts[row]
-        if wanted is not None:
-            return [logits]
-        return list(torch.split(logits, [counts[r] for r in rows]))
+        return logits
 
 
 class ModelConformance:
@@ -188,11 +187,9 @@ class ModelConformance:
         run, few = (PagedRun(model, backend, prompts) for _ in range(2))
         firsts = [len(p) // 2 for p in prompts]
         ends = torch.tensor(firsts).cumsum(0) - 1
-        found = few.feed(firsts, ends)[0]
-        torch.testing.assert_close(found, torch.cat(run.feed(firsts))[ends], atol=self.tolerance, rtol=0)
+        torch.testing.assert_close(few.step(firsts, ends), run.step(firsts)[ends], atol=self.tolerance, rtol=0)
         rests = [len(p) - first for p, first in zip(prompts, firsts, strict=True)]
-        for ours, whole in zip(few.feed(rests), run.feed(rests), strict=True):
-            torch.testing.assert_close(ours, whole, atol=self.tolerance, rtol=0)
+        torch.testing.assert_close(few.step(rests), run.step(rests), atol=self.tolerance, rtol=0)
 
     def test_missing_and_unexpected_tensors_are_named(
         self,
@@ -225,7 +222,7 @@ class ModelConformance:
     ) -> None:
         """bfloat16 runs, and its logits point the same way as float32's.
 
-        If it fails: norm, rotate and take the softmax in float32.
+        If it fails: norm, rotate and take the softmax in float32, and return float32 logits.
         """
         prompts = self.prompts(100)
         outcomes = []

@@ -34,7 +34,6 @@ SIGNATURES: Mapping[str, str] = MappingProxyType(
         "codes_weight": "ppp",
         "codes_linear": "ppppipi",
         "codes_linear_a8": "ppppipi",
-        "widen": "ppippii",
         "sample": "pppp",
     }
 )

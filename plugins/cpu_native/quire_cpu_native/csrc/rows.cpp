@@ -164,35 +164,6 @@ void prepare(Pool& pool, const Heads<T>& h, const T* qkv, int64_t ldx, const flo
     });
 }
 
-// x [rows][stride] -> out [rows][size] in float, unless out is null; finite [rows]: whether all values of a row are.
-template <class T>
-void widen(Pool& pool, const T* x, int64_t stride, float* out, uint8_t* finite, int64_t rows, int64_t size) {
-    const int64_t pieces = (size + SERIAL - 1) / SERIAL;
-    float* poison = pool.shared(rows * pieces);
-    pool.run(rows * pieces, [=](int64_t task, Scratch&) {
-        int64_t row = task / pieces, begin = task % pieces * SERIAL, end = std::min(size, begin + SERIAL);
-        const T* from = x + row * stride;
-        float* to = out ? out + row * size : nullptr;
-        V found = zero();  // where a value is not finite, it becomes no number
-        int64_t i = begin;
-        for (; i + W <= end; i += W) {
-            V value = load(from + i);
-            found = add(found, sub(value, value));
-            if (to) store(to + i, value);
-        }
-        if (int64_t left = end - i) {
-            V value = load_some(from + i, left);
-            found = add(found, sub(value, value));
-            if (to) store_some(to + i, value, left);
-        }
-        poison[task] = sum(found);
-    });
-    for (int64_t row = 0; row < rows; row++) {
-        const float* of_row = poison + row * pieces;
-        finite[row] = std::all_of(of_row, of_row + pieces, [](float found) { return found == 0.0f; });
-    }
-}
-
 }  // namespace
 }  // namespace quire
 
@@ -209,14 +180,8 @@ using namespace quire;
         std::lock_guard<std::mutex> hold(pool->lock());                                                             \
         gated_act(*pool, x, ldx, out, rows, size, kind);                                                            \
     }                                                                                                               \
-    extern "C" void quire_widen_##NAME(Pool* pool, const T* x, int64_t stride, float* out, uint8_t* finite,          \
-                                       int64_t rows, int64_t size) {                                                \
-        std::lock_guard<std::mutex> hold(pool->lock());                                                             \
-        widen(*pool, x, stride, out, finite, rows, size);                                                           \
-    }                                                                                                               \
     QUIRE_RECORDED(quire_rms_norm_##NAME)                                                                           \
-    QUIRE_RECORDED(quire_gated_act_##NAME)                                                                          \
-    QUIRE_RECORDED(quire_widen_##NAME)
+    QUIRE_RECORDED(quire_gated_act_##NAME)
 
 #define QUIRE_PREPARE(T, Kept, NAME)                                                                                \
     extern "C" void quire_prepare_##NAME(Pool* pool, const void* heads, const T* qkv, int64_t ldx, const float* cos, \
