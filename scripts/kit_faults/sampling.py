@@ -71,6 +71,27 @@ class Overflows(Sampler):
         return torch.where(logits.exp().sum(-1).isfinite(), exact, 0)
 
 
+class TakesLargest(TorchSampler):
+    """Right, with an `argmax` of its own."""
+
+    def argmax(self, logits):
+        return torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1).to(torch.int32)
+
+
+class MissesNan(TakesLargest):
+    """Compares the largest with infinity, as if NaN were smaller."""
+
+    def argmax(self, logits):
+        return super().argmax(logits.nan_to_num(nan=-1e9, posinf=torch.inf, neginf=-torch.inf))
+
+
+class RoundsForArgmax(TakesLargest):
+    """Rounds before it compares."""
+
+    def argmax(self, logits):
+        return super().argmax(logits.round())
+
+
 class KeepsTop(LogitsProcessor):
     """Right: leaves the most likely tokens, and only where it is asked to."""
 
@@ -195,6 +216,8 @@ FAULTS = (
     Fault("neighbouring seeds draw alike", "sampler", SlowSeeds),
     Fault("greedy takes the last of equals", "sampler", TakesLastOfEquals),
     Fault("exp overflows", "sampler", Overflows),
+    Fault("NaN passes for finite", "sampler", MissesNan),
+    Fault("argmax rounds", "sampler", RoundsForArgmax),
     Fault("argmax_invariant is a lie", "logits_processor", KeepsSecond, KEEP),
     Fault("state by row, not by slot", "logits_processor", CountsRows, PENALTIES),
     Fault("reads stale tokens", "logits_processor", ReadsAhead, PRESENCE),

@@ -27,6 +27,7 @@ struct Sampling {
     extern "C" void quire_linear_##NAME(Pool*, const T*, const T*, const T*, int64_t, T*, int64_t, int64_t, int64_t);  \
     extern "C" void quire_rms_norm_##NAME(Pool*, const T*, T*, const T*, T*, int64_t, int64_t, float, float);          \
     extern "C" void quire_gated_act_##NAME(Pool*, const T*, int64_t, T*, int64_t, int64_t, int64_t);                   \
+    extern "C" void quire_argmax_##NAME(Pool*, const T*, int64_t, int32_t*, int64_t, int64_t);                         \
     extern "C" void quire_codes_linear_##NAME(Pool*, const void*, const T*, const T*, int64_t, T*, int64_t);           \
     static void pack(Pool* pool, const T* weight, T* packed, int64_t outputs, int64_t inputs) {                        \
         quire_linear_pack_##NAME(pool, weight, packed, outputs, inputs);                                               \
@@ -39,6 +40,9 @@ struct Sampling {
     }                                                                                                                  \
     static void gated_act(Pool* pool, const T* x, T* out, int64_t rows, int64_t size, int64_t kind) {                  \
         quire_gated_act_##NAME(pool, x, 2 * size, out, rows, size, kind);                                              \
+    }                                                                                                                  \
+    static void argmax(Pool* pool, const T* x, int32_t* out, int64_t rows, int64_t size) {                             \
+        quire_argmax_##NAME(pool, x, size, out, rows, size);                                                           \
     }
 
 #define OF_CACHE(T, Kept, NAME)                                                                                       \
@@ -148,6 +152,11 @@ void rows_of(Pool* pool) {
         rms_norm(pool, x.data(), residual.data(), weight.data(), out.data(), 3, size);
         write(out), write(residual);
         for (int64_t kind : {0, 2}) gated_act(pool, x.data(), out.data(), 3, size, kind), write(out);  // silu, gelu_tanh
+    }
+    for (int64_t size : {1, 100, 40000}) {
+        auto x = floats<T>(2 * size);
+        std::vector<int32_t> places(2);
+        argmax(pool, x.data(), places.data(), 2, size), write(places);
     }
 }
 

@@ -65,6 +65,32 @@ def test_a_large_vocabulary():
     assert native.tolist() == reference.tolist()
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    vocab=st.sampled_from([1, 15, 16, 17, 511, 513, 700, 16384, 16385, 50_001]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    spread=st.sampled_from([0.0, 0.02, 3.0]),
+    spoilt=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True)), max_size=4),
+    bad=st.sampled_from([float("nan"), float("inf"), float("-inf")]),
+)
+def test_argmax_takes_the_largest_of_rows_that_are_finite(rows, vocab, dtype, spread, spoilt, bad):
+    """Of rows that are apart, with equals, and with single values that are not finite."""
+    generator = torch.Generator().manual_seed(rows)
+    logits = (spread * torch.randn(rows, vocab + 5, generator=generator)).to(dtype)[:, 3 : vocab + 3]
+    for row, column in spoilt:
+        logits[int(row * rows), int(column * vocab)] = bad
+    before, init = logits.clone(), SamplerInit(torch.device("cpu"), vocab, rows)
+    expected = [int(row.numpy().argmax()) if row.isfinite().all() else -1 for row in before.float()]
+    found = NativeSampler(init).argmax(logits)
+    if dtype == torch.float16:  # there is no kernel for it
+        assert found is None
+    else:
+        assert found.dtype == torch.int32
+        assert found.tolist() == expected
+    assert torch.equal(logits.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_row_without_a_distribution_gives_some_token_and_harms_no_other(bad):
     """The engine fails such a row itself."""

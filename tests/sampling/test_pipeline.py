@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quire import RequestError, SamplingParams
 from quire.contract.sampling import LogitsProcessor, ProcessorRequest, SamplerInit
+from quire.errors import PluginError
 from quire.sampling.logprobs import logprob_entries, logprob_figures
 from quire.sampling.pipeline import NOT_FINITE, NOTHING_ALLOWED, SamplingPipeline, validate_params
 from quire.sampling.processors import LogitBias, MinTokens, Penalties, TokenFilter
@@ -114,6 +115,60 @@ def test_greedy_rows_skip_processors_that_leave_the_most_likely_token():
     pipe.add(1, request(SamplingParams(temperature=1)), 0)
     logits = torch.zeros(2, V)
     assert run(pipe, logits, (0, 1), (2, 2)).token_ids == [0, V - 1]
+
+
+class Asked(TorchSampler):
+    """Remembers how it was asked."""
+
+    def __init__(self, init):
+        super().__init__(init)
+        self.calls = []
+
+    def sample(self, logits, batch):
+        self.calls.append(("sample", logits.dtype))
+        return super().sample(logits, batch)
+
+    def argmax(self, logits):
+        self.calls.append(("argmax", logits.dtype))
+        return torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1).to(torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("others", "call"),
+    [
+        ([{}], "argmax"),
+        ([{"repetition_penalty": 1.0}, {"top_k": 3}], "argmax"),
+        ([{"temperature": 1.0}], "sample"),
+        ([{"logprobs": 0}], "sample"),
+        ([{"logit_bias": {3: -1.0}}], "sample"),
+        ([{}, {"presence_penalty": 0.5}], "sample"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_argmax_alone_runs_where_nothing_else_looks_at_the_logits(others, call, dtype):
+    sampler = Asked(INIT)
+    pipe = SamplingPipeline(sampler, [(kind.__name__, kind(INIT)) for kind in BUILT_IN], INIT)
+    for slot, fields in enumerate([{}, *others]):
+        pipe.add(slot, request(SamplingParams(**{"temperature": 0, **fields})), 0)
+    slots = tuple(range(1 + len(others)))
+    logits = torch.randn(len(slots), V, generator=torch.Generator().manual_seed(2)).to(dtype)
+    logits[:, 7] = 9.0
+    assert run(pipe, logits, slots, (2,) * len(slots)).token_ids[0] == 7
+    assert sampler.calls == [(call, dtype if call == "argmax" else torch.float32)]
+    logits[0, 3] = float("nan")
+    assert run(pipe, logits, slots, (2,) * len(slots)).errors == [NOT_FINITE] + [None] * len(others)
+
+
+@pytest.mark.parametrize("answer", [7, torch.zeros(1, 1, dtype=torch.int32)])
+def test_a_sampler_whose_argmax_gives_no_token_ids_is_named(answer):
+    class Wrong(TorchSampler):
+        def argmax(self, logits):
+            return answer
+
+    pipe = SamplingPipeline(Wrong(INIT), [], INIT)
+    pipe.add(0, request(SamplingParams(temperature=0)), 0)
+    with pytest.raises(PluginError, match=r"Wrong.argmax returned .*; token ids \[R\] are needed"):
+        run(pipe, torch.zeros(1, V))
 
 
 def test_slots_forget_their_requests():

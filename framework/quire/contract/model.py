@@ -115,7 +115,7 @@ class CausalLM(nn.Module, ABC):
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, H] -> float32 [R, V]."""
+        """hidden [R, H] -> [R, V] of a floating dtype. Nothing but the engine holds them: it may overwrite them."""
 
     @abstractmethod
     def load_weight(self, name: str, tensor: Tensor) -> bool:

@@ -64,7 +64,7 @@ class RMSNorm:
 
 
 class Head:
-    """Hidden states -> logits float32 [R, V].
+    """Hidden states -> logits [R, V] of the compute dtype.
 
     A tied head is the embedding's tensor, or what the op packs of it; a large embedding then stays in
     the checkpoint's file, so that nothing is held twice. A method that quantizes plain weights quantizes it too.
@@ -111,8 +111,8 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         if self._linear is not None:
-            return self._linear(hidden).float()
-        return self._multiply(hidden).float()
+            return self._linear(hidden)
+        return self._multiply(hidden)
 
 
 class GatedMLP:

@@ -77,7 +77,7 @@ class Rotary:
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [T, rotary_dim/2] of int64 positions [T]."""
-        return self._cos[positions], self._sin[positions]
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
 
 def inverse_frequencies(config: RopeConfig, max_model_len: int) -> tuple[Tensor, float]:

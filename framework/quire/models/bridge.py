@@ -121,7 +121,7 @@ class BridgedModel(CausalLM):
             logits: Tensor = self._model(input_ids=ids, use_cache=False, return_dict=True).logits[0]
         finally:
             self._hidden = None
-        return logits.float()
+        return logits
 
     def load_weight(self, name: str, tensor: Tensor) -> bool:
         return self._kv_scales.load(name, tensor) or self._weights.load(name, tensor)

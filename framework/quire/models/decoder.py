@@ -128,6 +128,7 @@ class Decoder(CausalLM):
         cap = self._config.final_softcap
         if cap is None:
             return logits
+        logits = logits.float()
         capped = elementwise(torch.tanh, logits / cap) if self._deterministic else torch.tanh(logits / cap)
         return capped * cap
 

@@ -17,7 +17,7 @@ def logprob_figures(logits: Tensor, targets: Tensor, counts: Sequence[int]) -> T
     """What `logprob_entries` reads: float64, one vector for all rows.
 
     Args:
-        logits: float32 [R, V]. targets: int64 [R].
+        logits: [R, V] of a floating dtype. targets: int64 [R].
         counts: alternatives wanted of each row.
 
     Each row is normalised on its own, so that its figures do not depend on its neighbours. A row is its

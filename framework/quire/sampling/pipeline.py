@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from quire.contract.sampling import (
     Sampler,
     SamplerInit,
     SamplingBatch,
+    all_finite,
 )
 from quire.errors import PluginError, RequestError
 from quire.outputs import NOT_FINITE
@@ -196,52 +197,74 @@ class SamplingPipeline:
         """Sample one token per row. The host does not wait, unless a processor or the sampler does.
 
         Args:
-            logits: float32 [R, V]; overwritten.
+            logits: [R, V] of a floating dtype; may be overwritten.
             slots: slot of each row.
             num_tokens: tokens known of each row's request; the position of the token to be sampled.
             token_ids: int32 [max_num_reqs, L], the known tokens of every slot.
             batch: `columns` of the same rows, on the device.
         """
-        # A row is finite if its range is (NaN passes through); no temporary of the logits' size. On a CPU torch's
-        # aminmax takes ten times as long as the two.
-        finite = logits.amax(-1) - logits.amin(-1) < math.inf
         wanted = tuple(row for row, slot in enumerate(slots) if slot in self._num_logprobs)
+        turns = self._turns(slots)
+        if batch.all_greedy and not wanted and not turns and (tokens := self._sampler.argmax(logits)) is not None:
+            return self._result(self._chosen(tokens, "argmax", logits), logits, slots)
+        logits = logits.float()
+        finite = all_finite(logits)
         chosen = self._index(wanted) if wanted else None
         raw = None if chosen is None else logits.index_select(0, chosen)  # a copy: the processors come next
-        has_processed = self._process(logits, slots, num_tokens, token_ids)
+        self._process(turns, logits, slots, num_tokens, token_ids)
         # A row that lost every token to the processors has failed, for whatever it draws is forbidden.
-        empty = logits.amax(-1) == -math.inf if has_processed else None
-        drawn: object = self._sampler.sample(logits, batch)
-        if not isinstance(drawn, Tensor) or drawn.shape != logits.shape[:1]:
-            what = list(drawn.shape) if isinstance(drawn, Tensor) else type(drawn).__name__
-            raise PluginError(f"{type(self._sampler).__name__}.sample returned {what}; token ids [R] are needed")
-        tokens = drawn.to(torch.int32)
+        empty = logits.amax(-1) == -math.inf if turns else None
+        tokens = self._chosen(self._sampler.sample(logits, batch), "sample", logits)
         outcome = torch.where(finite, tokens, _NOT_FINITE)
         if empty is not None:
             outcome = torch.where(finite & empty, _NOTHING_ALLOWED, outcome)
+        result = self._result(outcome, logits, slots)
+        if raw is None or chosen is None:
+            return result
+        counts = tuple(self._num_logprobs[slots[row]] for row in wanted)
+        figures = logprob_figures(raw, result.token_ids.index_select(0, chosen).long(), counts)
+        return replace(result, figures=figures, wanted=wanted, counts=counts)
+
+    def _chosen(self, tokens: object, method: str, logits: Tensor) -> Tensor:
+        """What the sampler gave for each row, int32 [R]. Raises PluginError if that is something else."""
+        if not isinstance(tokens, Tensor) or tokens.shape != logits.shape[:1]:
+            what = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise PluginError(f"{type(self._sampler).__name__}.{method} returned {what}; token ids [R] are needed")
+        return tokens.to(torch.int32)
+
+    def _result(self, outcome: Tensor, logits: Tensor, slots: Sequence[int]) -> SamplingResult:
         # The next step reads the token, whatever is wrong with the row.
         tokens = outcome.clamp(0, logits.shape[1] - 1)
-        counts = tuple(self._num_logprobs[slots[row]] for row in wanted)
-        figures = None
-        if raw is not None and chosen is not None:
-            figures = logprob_figures(raw, tokens.index_select(0, chosen).long(), counts)
-        failed = tuple(self._failed.get(slot) for slot in slots)
-        return SamplingResult(tokens, outcome, figures, wanted, counts, failed)
+        return SamplingResult(tokens, outcome, None, (), (), tuple(self._failed.get(slot) for slot in slots))
 
     def _index(self, rows: Sequence[int]) -> Tensor:
         """Row numbers on the device; not waited for, as indexing by a list would."""
         return torch.tensor(rows, dtype=torch.int64).to(self._device, non_blocking=True)
 
-    def _process(self, logits: Tensor, slots: Sequence[int], num_tokens: Sequence[int], token_ids: Tensor) -> bool:
-        """Run the active processors; whether there were any."""
-        any_ran = False
+    def _turns(self, slots: Sequence[int]) -> list[tuple[str, LogitsProcessor, list[int]]]:
+        """The processors that have something to do, with the rows that they do it to."""
+        turns = []
         for (name, processor), active in zip(self._processors, self._active, strict=True):
-            rows = [row for row, slot in enumerate(slots) if slot in active and slot not in self._failed]
+            rows = [row for row, slot in enumerate(slots) if slot in active]
             if processor.argmax_invariant:  # a greedy row's token would stay the same
                 rows = [row for row in rows if self._temperature[slots[row]] > 0]
+            if rows:
+                turns.append((name, processor, rows))
+        return turns
+
+    def _process(
+        self,
+        turns: Sequence[tuple[str, LogitsProcessor, list[int]]],
+        logits: Tensor,
+        slots: Sequence[int],
+        num_tokens: Sequence[int],
+        token_ids: Tensor,
+    ) -> None:
+        """Have the processors edit the logits, except those of requests that have failed."""
+        for name, processor, having in turns:
+            rows = [row for row in having if slots[row] not in self._failed]
             if not rows:
                 continue
-            any_ran = True
             chosen = [slots[row] for row in rows]
             known = [self._host_tokens.get(slot, ()) for slot in chosen] if self._host_tokens else []
             ctx = ProcessorContext(chosen, [num_tokens[row] for row in rows], token_ids, known)
@@ -255,7 +278,6 @@ class SamplingPipeline:
                     logits.index_copy_(0, index, part)
             except Exception as error:
                 self._fail(chosen, name, error)
-        return any_ran
 
     def _fail(self, slots: Sequence[int], name: str, error: Exception) -> None:
         """A processor that raises fails the requests that it was asked for, and no others."""

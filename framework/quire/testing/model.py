@@ -48,7 +48,7 @@ class PagedRun:
         )
 
     def feed(self, counts: Sequence[int]) -> list[Tensor]:
-        """Compute the next `counts[r]` tokens of each row; logits [count, V] per row."""
+        """Compute the next `counts[r]` tokens of each row; float32 logits [count, V] per row."""
         return list(torch.split(self.step(counts), [count for count in counts if count]))
 
     @torch.inference_mode()
@@ -72,7 +72,7 @@ class PagedRun:
         hidden = self.model.forward(torch.tensor(ids), torch.tensor(at), ctx)
         if wanted is not None and len(hidden) == len(ids):
             hidden = hidden[wanted]
-        logits = self.model.logits(hidden)
+        logits = self.model.logits(hidden).float()
         for row in rows:
             self.done[row] += counts[row]
         return logits
@@ -222,7 +222,7 @@ class ModelConformance:
     ) -> None:
         """bfloat16 runs, and its logits point the same way as float32's.
 
-        If it fails: norm, rotate and take the softmax in float32, and return float32 logits.
+        If it fails: norm, rotate and take the softmax in float32.
         """
         prompts = self.prompts(100)
         outcomes = []

@@ -127,6 +127,32 @@ class SamplerConformance:
         assert self.sample(sampler_class, logits, [greedy] * 3) == [1, 0, 0]
         assert self.sample(sampler_class, logits, [greedy, greedy, RowParams(temperature=1.0)])[:2] == [1, 0]
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_argmax_takes_the_largest_of_rows_that_are_finite(
+        self, sampler_class: type[Sampler], dtype: torch.dtype
+    ) -> None:
+        """Of logits of any dtype `argmax` takes the lowest id of the largest, and says which rows are not finite.
+
+        If it fails: leave `argmax` as it is, or look at every element, the last ones of a row too.
+        """
+        sampler = self.make(sampler_class, 70_001)
+        far = torch.finfo(dtype).max
+        for rows in (6, 1, 3):
+            logits = torch.randn(rows, 70_001, generator=torch.Generator().manual_seed(rows)).clamp(-6, 6)
+            for row in range(rows):  # several are the largest, near and far apart; behind one that is a little less
+                logits[row, 1000 * row + 6] = 6.96875
+                logits[row, [1000 * row + 7, 1000 * row + 8, 60_000]] = 7.0
+            logits[-1, [0, 70_000]] = torch.tensor([-far, far])
+            spoilt = {0: (70_000, "nan"), 2: (0, "inf"), 3: (33_000, "-inf")} if rows == 6 else {}
+            for row, (column, value) in spoilt.items():
+                logits[row, column] = float(value)
+            expected = [-1 if row in spoilt else 1000 * row + 7 for row in range(rows - 1)] + [70_000]
+            found = sampler.argmax(logits.to(self.device, dtype))
+            if found is None:
+                pytest.skip("`sample` is to be asked")
+            assert found.dtype == torch.int32
+            assert found.tolist() == expected
+
     def test_a_row_does_not_depend_on_the_batch(self, sampler_class: type[Sampler]) -> None:
         """The same row gives the same token alone, in any batch and at any place.
 

@@ -35,6 +35,7 @@ SIGNATURES: Mapping[str, str] = MappingProxyType(
         "codes_linear": "ppppipi",
         "codes_linear_a8": "ppppipi",
         "sample": "pppp",
+        "argmax": "ppipii",
     }
 )
 """Function -> its arguments: pointers, whole numbers, floats. The first is the pool of threads."""

@@ -1,7 +1,9 @@
-// RMS norm with residual, gated activations, and what stands between the fused projection and attention.
+// RMS norm with residual, gated activations, what stands between the fused projection and attention, and the largest
+// logit of each row.
 #include "rows.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "pool.h"
 #include "recorded.h"
@@ -164,6 +166,58 @@ void prepare(Pool& pool, const Heads<T>& h, const T* qkv, int64_t ldx, const flo
     });
 }
 
+// The largest of some numbers, and the first place that it is at; or that one of them is not finite.
+struct Largest {
+    float value;
+    int64_t place;
+    bool finite;
+};
+
+template <class T>
+Largest largest_of(const T* x, int64_t begin, int64_t end) {
+    constexpr int64_t SPAN = 32 * W;
+    Largest found{-INFINITY, begin, true};
+    V odd = zero();  // what is not finite becomes no number here
+    int64_t best = begin;
+    for (int64_t span = begin; span < end; span += SPAN) {
+        V top = set1(-INFINITY);
+        int64_t i = span, stop = std::min(end, span + SPAN);
+        for (; i + W <= stop; i += W) {
+            V value = load(x + i);
+            top = max(top, value), odd = add(odd, sub(value, value));
+        }
+        float most = largest(top);
+        for (; i < stop; i++) {
+            float value = to_float(x[i]);
+            most = std::max(most, value), odd = add(odd, set1(value - value));
+        }
+        if (most > found.value) found.value = most, best = span;
+    }
+    found.finite = sum(odd) == 0.0f;
+    for (found.place = best; found.place + 1 < end && to_float(x[found.place]) != found.value;) found.place++;
+    return found;
+}
+
+// x [rows][stride] -> out [rows]: the place of a row's largest element, the first of equals; -1 if one is not finite.
+template <class T>
+void argmax(Pool& pool, const T* x, int64_t stride, int32_t* out, int64_t rows, int64_t size) {
+    const int64_t pieces = (size + SERIAL - 1) / SERIAL;
+    std::vector<Largest> found(rows * pieces);
+    pool.run(rows * pieces, [=, &found](int64_t task, Scratch&) {
+        int64_t begin = task % pieces * SERIAL;
+        found[task] = largest_of(x + task / pieces * stride, begin, std::min(size, begin + SERIAL));
+    });
+    for (int64_t row = 0; row < rows; row++) {
+        Largest best = found[row * pieces];
+        for (int64_t piece = 1; piece < pieces; piece++) {
+            const Largest& next = found[row * pieces + piece];
+            best.finite &= next.finite;
+            if (next.value > best.value) best.value = next.value, best.place = next.place;
+        }
+        out[row] = best.finite ? (int32_t)best.place : -1;
+    }
+}
+
 }  // namespace
 }  // namespace quire
 
@@ -180,8 +234,14 @@ using namespace quire;
         std::lock_guard<std::mutex> hold(pool->lock());                                                             \
         gated_act(*pool, x, ldx, out, rows, size, kind);                                                            \
     }                                                                                                               \
+    extern "C" void quire_argmax_##NAME(Pool* pool, const T* x, int64_t stride, int32_t* out, int64_t rows,         \
+                                        int64_t size) {                                                             \
+        std::lock_guard<std::mutex> hold(pool->lock());                                                             \
+        argmax(*pool, x, stride, out, rows, size);                                                                  \
+    }                                                                                                               \
     QUIRE_RECORDED(quire_rms_norm_##NAME)                                                                           \
-    QUIRE_RECORDED(quire_gated_act_##NAME)
+    QUIRE_RECORDED(quire_gated_act_##NAME)                                                                          \
+    QUIRE_RECORDED(quire_argmax_##NAME)
 
 #define QUIRE_PREPARE(T, Kept, NAME)                                                                                \
     extern "C" void quire_prepare_##NAME(Pool* pool, const void* heads, const T* qkv, int64_t ldx, const float* cos, \
