@@ -9,8 +9,9 @@ from threading import Thread
 
 import pytest
 import torch
-from quire.contract.host_memory import ALIGNMENT, CHUNK, LARGE_PAGE, host_zeros
-from quire.plugin import HostArena
+from quire.contract import host_memory
+from quire.contract.host_memory import ALIGNMENT, CHUNK, LARGE_PAGE, PagesAhead, host_zeros, populate
+from quire.plugin import DeviceInit, HostArena, HostDevice
 
 
 @pytest.mark.parametrize("count", [0, 1, 5000, LARGE_PAGE + 1])
@@ -23,15 +24,59 @@ def test_zeros_begin_at_a_large_page(count):
     memory.fill_(7)
 
 
-def test_much_memory_is_not_touched_before_it_is_written():
-    def resident():
-        return int(re.search(r"Rss:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) << 10
-
+def resident():
+    """Bytes of the process that are in memory."""
     if not Path("/proc/self/smaps_rollup").exists():
         pytest.skip("the system does not tell")
+    return int(re.search(r"Rss:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) << 10
+
+
+def test_much_memory_is_not_touched_before_it_is_written():
     before, memory = resident(), host_zeros(1 << 30)
     memory[5] = 1
     assert resident() - before < 1 << 28
+
+
+def test_pages_come_ahead_and_keep_what_they_hold():
+    before, pages = resident(), PagesAhead()
+    found = [host_zeros(size) for size in (LARGE_PAGE * 20 + 5, 0, 3, LARGE_PAGE * 10)]
+    found[0][:: LARGE_PAGE // 2] = 7
+    for memory in found:
+        pages.add(memory)
+    found[3][1::4097] = 9  # while the thread is at work
+    pages.wait()
+    if not populate(found[3].data_ptr(), 1):
+        pytest.skip("the system gives pages when they are written")
+    assert resident() - before > 29 * LARGE_PAGE
+    assert found[0].count_nonzero() == (found[0][:: LARGE_PAGE // 2] == 7).sum() == 41
+    assert found[3].count_nonzero() == (found[3][1::4097] == 9).sum() > 5000
+    pages.add(found[0])  # the thread has ended, another one begins
+    pages.wait()
+
+
+def test_pages_of_memory_that_is_given_back_are_forgotten(monkeypatch):
+    asked, pages = [], PagesAhead()
+    monkeypatch.setattr(host_memory, "populate", lambda address, size: asked.append(address) or len(asked) < 3)
+    kept, gone = host_zeros(10 * LARGE_PAGE), host_zeros(10 * LARGE_PAGE)
+    first = gone.data_ptr()
+    with pages._lock:  # the thread begins when both are there
+        pages._waiting.append((weakref.ref(gone), 0))
+        del gone
+    pages.add(kept)
+    pages.wait()
+    assert first not in asked
+    # The third answer was that the system does not know how.
+    assert asked == [kept.data_ptr() + at * LARGE_PAGE for at in range(3)]
+
+
+def test_a_device_has_its_pages_ahead():
+    device = HostDevice(DeviceInit())
+    before, cache = resident(), device.zeros((40, LARGE_PAGE), torch.int8)
+    device._pages.wait()
+    if not populate(cache.data_ptr(), 1):
+        pytest.skip("the system gives pages when they are written")
+    assert resident() - before > 39 * LARGE_PAGE
+    assert not cache.any()
 
 
 def test_a_refusal_is_a_memory_error():

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, MemoryInfo
-from quire.contract.host_memory import host_zeros
+from quire.contract.host_memory import PagesAhead, host_zeros
 
 CGROUP_LIMITS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
@@ -42,6 +42,7 @@ class HostDevice(Device):
         options: HostDeviceOptions = init.options or HostDeviceOptions()
         if options.threads is not None:
             torch.set_num_threads(options.threads)
+        self._pages = PagesAhead()
 
     def torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -67,9 +68,9 @@ class HostDevice(Device):
         return torch.zeros(*shape, dtype=dtype)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        # Cleared once more by all threads: so it is there before the first request, which would wait for the system
-        # (and that for its host, if it is a virtual machine).
-        return host_zeros(math.prod(shape) * dtype.itemsize).zero_().view(dtype).view(*shape)
+        found = host_zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(*shape)
+        self._pages.add(found)
+        return found
 
     def synchronize(self) -> None:
         """Every operation has ended when its call returns."""
