@@ -43,10 +43,19 @@ class Measurement:
         self._seed = seed
         self._count = 0
 
-    def probe(self) -> list[int]:
-        """Greedy tokens after a prompt that is the same for every peer, round and seed."""
+    def probe(self, since: float) -> list[int]:
+        """Greedy tokens after a prompt that is the same for every peer, round and seed.
+
+        Notes the seconds from `since`, of `time.perf_counter`, to the first of them.
+        """
         self.engine.add("probe", prompt(random.Random(0), PROBE_PROMPT, self.engine.vocab), PROBE_TOKENS)
-        return [token for delta in self._drain() for token in delta]
+        found: list[int] = []
+        while self.engine.busy():
+            before = len(found)
+            found += [token for _, tokens in self.engine.step() for token in tokens]
+            if found and not before:
+                self.extra["first token from a cold start s"] = time.perf_counter() - since
+        return found
 
     def measure(self, point: Point) -> float:
         """Tokens per second: of outputs for `decode` and `served`, of the prompt for `prefill`."""

@@ -24,10 +24,9 @@ def answer(module: ModuleType, request: Request) -> Answer:
         peer = module.Peer(path, request)
         loaded = time.perf_counter() - begin
         measurement = Measurement(peer, request.seed)
-        probe = measurement.probe()
+        probe = measurement.probe(begin)
     except Unavailable as reason:
         return Answer(reasons={"all": str(reason)})
-    started = time.perf_counter() - begin
     figures, reasons = {}, {}
     for point in map(Point.parse, request.points):
         if point.kind == "served" and peer.static:
@@ -38,7 +37,7 @@ def answer(module: ModuleType, request: Request) -> Answer:
         except Exception as error:
             traceback.print_exc()
             reasons[str(point)] = f"{type(error).__name__}: {error}"[:300]
-    extra = {"load s": loaded, f"load and first {len(probe)} tokens s": started} | measurement.extra
+    extra = {"load s": loaded} | measurement.extra
     return Answer(figures, reasons, peer.notes, extra, probe)
 
 

@@ -169,7 +169,8 @@ def test_decode_counts_from_every_requests_first_token(monkeypatch):
     assert measurement.measure(Point("decode", 3, 40)) == pytest.approx(3 / 0.5)
     assert engine.added[-1][1:] == (40, 32)
     assert measurement.measure(Point("prefill", 1, 50)) == pytest.approx(50 / 0.5)
-    assert len(measurement.probe()) == 8
+    assert len(measurement.probe(since=engine.now - 2.0)) == 8
+    assert measurement.extra == {"first token from a cold start s": pytest.approx(2.5)}
 
 
 def test_served_requests_are_added_when_they_arrive():
