@@ -10,6 +10,7 @@ from threading import Thread
 import pytest
 import torch
 from quire.contract import host_memory
+from quire.contract.host_device import AT_ONCE
 from quire.contract.host_memory import ALIGNMENT, CHUNK, LARGE_PAGE, PagesAhead, host_zeros, populate
 from quire.plugin import DeviceInit, HostArena, HostDevice
 
@@ -72,6 +73,7 @@ def test_pages_of_memory_that_is_given_back_are_forgotten(monkeypatch):
 def test_a_device_has_its_pages_ahead():
     device = HostDevice(DeviceInit())
     before, cache = resident(), device.zeros((40, LARGE_PAGE), torch.int8)
+    assert resident() - before > AT_ONCE - LARGE_PAGE
     device._pages.wait()
     if not populate(cache.data_ptr(), 1):
         pytest.skip("the system gives pages when they are written")

@@ -24,6 +24,9 @@ CGROUP_LIMITS = (
 )
 """Limit and use of a container, cgroup version 2 and 1."""
 
+AT_ONCE = 16 << 20
+"""Bytes of each tensor that are there before the first request: some thousand tokens. The rest comes ahead of use."""
+
 
 class HostDeviceOptions(BaseModel):
     """Options of a `HostDevice`; one that takes more derives its own from these."""
@@ -68,7 +71,9 @@ class HostDevice(Device):
         return torch.zeros(*shape, dtype=dtype)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        found = host_zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(*shape)
+        memory = host_zeros(math.prod(shape) * dtype.itemsize)
+        memory[:AT_ONCE].zero_()  # by all threads, once more: so that its pages are there
+        found = memory.view(dtype).view(*shape)
         self._pages.add(found)
         return found
 

@@ -25,7 +25,7 @@ MADV_POPULATE_WRITE = 23
 """Linux 5.14: give the pages as if they were written, and leave what they hold."""
 REST = 9
 """How long `PagesAhead` rests for each page while the process computes, in times of what that has taken. On two cores
-prompts took 2 to 10 percent longer meanwhile, first writes included; with 3 it was 12 percent."""
+prompts took 2 to 12 percent longer meanwhile, first writes included; with 3 it was 12 percent and more."""
 
 
 def host_zeros(num_bytes: int) -> Tensor:
