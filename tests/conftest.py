@@ -3,10 +3,17 @@
 import functools
 import inspect
 import logging
+import os
 
 import numpy as np
 import pytest
 import torch
+
+
+def pytest_collection_finish():
+    """Forget switches such as QUIRE_NODE_TESTS: modules have read them, and the program refuses unknown options."""
+    for name in [name for name in os.environ if name.startswith("QUIRE_") and name.endswith("_TESTS")]:
+        del os.environ[name]
 
 
 @pytest.fixture(autouse=True)
