@@ -120,8 +120,10 @@ def test_inputs_of_8_bits_are_off_by_half_a_step_at_most(threads, rows, inputs, 
             span = slice(first, min(first + A8_SPAN, group + size, inputs))
             steps[:, span] = x[:, span].double().abs().amax(-1, keepdim=True) / 127
     exact, allowed = x.double() @ weight.double().T, steps / 2 @ weight.double().abs().T
+    # The weight as it is told is rounded to bfloat16, which the kernel's is not.
+    told = x.double().abs() @ weight.double().abs().T / 512
     error = (run(x).double() - exact).abs()
-    assert (error <= 1.001 * allowed + exact.abs() / 128 + 1e-4).all()
+    assert (error <= 1.001 * allowed + told + exact.abs() / 128 + 1e-4).all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
