@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 from quire import LLM, SamplingParams  # before torch, so that its threads sleep
-from quire_cpu_native.native import CodesFields, Native
+from quire_cpu_native.native import CodesFields, Kernel, Native
 from torch import get_num_threads, set_num_threads
 from torch.profiler import ProfilerActivity, profile
 
@@ -43,19 +43,21 @@ class Times:
 
     def watch(self) -> None:
         """Time every kernel that is asked for from now on, and every replay of several."""
-        ask, replay, clock, calls = Native.function, Native.replay, self.clock, self.calls
+        ask, run, replay, clock, calls = Native.function, Kernel.__call__, Native.replay, self.clock, self.calls
+        names: dict[Kernel, str] = {}
 
-        def function(native: Native, name: str, *form: Any) -> Callable[..., None]:
-            run = ask(native, name, *form)
-            size = slice(-2, None) if name == "linear" else slice(1)
+        def function(native: Native, name: str, *form: Any) -> Kernel:
+            kernel = ask(native, name, *form)
+            names[kernel] = name
+            return kernel
 
-            def timed(*arguments: Any) -> None:
-                began = clock()
-                run(*arguments)
-                if self.on:
-                    calls.append((name, arguments[size], clock() - began))
-
-            return timed
+        def timed(kernel: Kernel, *arguments: Any) -> None:
+            began = clock()
+            run(kernel, *arguments)
+            if self.on:
+                name = names[kernel]
+                size = slice(-2, None) if name == "linear" else slice(1)
+                calls.append((name, arguments[size], clock() - began))
 
         def replayed(native: Native, first: int, count: int) -> None:
             began = clock()
@@ -64,6 +66,7 @@ class Times:
                 calls.append(("recorded kernels", (), clock() - began))
 
         Native.function, Native.replay = function, replayed  # type: ignore[method-assign]
+        Kernel.__call__ = timed  # type: ignore[method-assign]
 
     def step(self, work: Callable[[], Any]) -> None:
         """One step, with its kernels."""

@@ -9,6 +9,8 @@ SCHEDULING = "tests/scheduling"
 SAMPLING = "tests/sampling"
 BATCH = "tests/engine/test_batch_and_dispatch.py"
 OVERLAP = "tests/engine/test_overlapping_steps.py"
+GRAPHS = "tests/engine/test_graphs.py"
+MOVES = "tests/cpu_native/test_moves.py"
 TEXT = "tests/tokenizer"
 CUDA = "tests/cuda_paged/test_cuda_attention.py"
 CUDA_PROBE = "tests/cuda_paged/test_probe_and_tuning.py"
@@ -53,6 +55,8 @@ SCALED_MM = "plugins/quant/quire_quant/scaled_mm.py"
 CODE_LINEAR = "plugins/quant/quire_quant/cuda_linear.py"
 LEDGER = "framework/quire/remote/ledger.py"
 BUILDER = "framework/quire/engine/batch.py"
+FORWARD = "framework/quire/engine/forward.py"
+PIPELINE = "framework/quire/sampling/pipeline.py"
 ROWS = "framework/quire/engine/rows.py"
 RUNNER = "framework/quire/engine/runner.py"
 STAGING = "framework/quire/engine/staging.py"
@@ -351,8 +355,8 @@ MUTANTS = (
     Mutant(
         "batch: padding outside the null block",
         BUILDER,
-        "null_slot + padding % self._block_size",
-        "null_slot + padding + self._block_size",
+        "NULL_BLOCK * self._block_size + self._offsets[:count] % self._block_size",
+        "NULL_BLOCK * self._block_size + self._offsets[:count] + self._block_size",
         BATCH,
     ),
     Mutant(
@@ -408,9 +412,79 @@ MUTANTS = (
     Mutant(
         "overlap: the token is not kept for the next step",
         RUNNER,
-        "        self._rows.store(sampling.places, result.token_ids)\n",
+        "        self._rows.store(inputs.places, result.token_ids)\n",
         "",
         OVERLAP,
+    ),
+    Mutant(
+        "greedy steps: the token is not kept for the next step",
+        FORWARD,
+        "            self._table.store(inputs.places, tokens.clamp(min=0))  # the next step reads one, whatever is wrong\n",
+        "",
+        GRAPHS,
+    ),
+    Mutant(
+        "greedy steps: an asynchronous device's results are overwritten",
+        RUNNER,
+        "if graphs.lazy and not parts.device.runs_async else None",
+        "",
+        GRAPHS,
+    ),
+    Mutant(
+        "greedy steps: what processors do is left out",
+        PIPELINE,
+        "                    if not processor.argmax_invariant:\n                        self._more_than_argmax.add(slot)\n",
+        "",
+        GRAPHS,
+    ),
+    Mutant(
+        "greedy steps: a slot's next request is taken for its last one",
+        PIPELINE,
+        "        self._more_than_argmax.discard(slot)\n",
+        "",
+        SAMPLING,
+    ),
+    Mutant(
+        "decode steps: padding rows have a length",
+        BUILDER,
+        "for array in (rooms.positions, rooms.seq_lens, rooms.token_index)",
+        "for array in (rooms.positions, rooms.token_index)",
+        BATCH,
+    ),
+    Mutant(
+        "decode steps: new blocks are not learnt of",
+        BUILDER,
+        "(self._rows.version, self._decoded)",
+        "(0, self._decoded)",
+        BATCH,
+    ),
+    Mutant(
+        "decode steps: other rows' block tables are taken",
+        BUILDER,
+        "self._decoded = rooms.slots.tobytes()",
+        "self._decoded = bytes(8 * count)",
+        BATCH,
+    ),
+    Mutant(
+        "moves: a row behind the last is read",
+        f"{CSRC}/moves.cpp",
+        "index[i] >= rows) return void(*failed = 1);\n        memcpy(out",
+        "index[i] > rows) return void(*failed = 1);\n        memcpy(out",
+        MOVES,
+    ),
+    Mutant(
+        "moves: what lies apart is moved as if it did not",
+        "plugins/cpu_native/quire_cpu_native/moves.py",
+        "for each in (matrix, index, rows)",
+        "for each in (index, rows)",
+        MOVES,
+    ),
+    Mutant(
+        "moves: what failed stays unsaid",
+        "plugins/cpu_native/quire_cpu_native/recording.py",
+        "        if self._failed.value:\n",
+        "        if False:\n",
+        MOVES,
     ),
     Mutant(
         "overlap: the next step is built on one that failed",

@@ -272,6 +272,30 @@ class LateGraphs(CpuDevice):
         return LateRunner()
 
 
+class KeepsRunner(GraphRunner):
+    """Runs each step, but for what it is asked to replay."""
+
+    lazy = True
+
+    def __init__(self):
+        self.result = None
+
+    def keys(self):
+        return (GraphKey(1, 1, 1),)
+
+    def run(self, key, work):
+        self.result = work()
+        return self.result
+
+    def replay(self, key):
+        return self.result
+
+
+class KeptGraphs(CpuDevice):
+    def graph_runner(self):
+        return KeepsRunner()
+
+
 assert issubclass(StaleGraphs, Device)
 
 FAULTS = (
@@ -299,5 +323,6 @@ FAULTS = (
     Fault("host buffers not zeroed", "device", DirtyBuffers),
     Fault("a dtype that it cannot compute", "device", ClaimsIntegers),
     Fault("every graph key replays the first", "device", StaleGraphs),
+    Fault("a replay gives the last result", "device", KeptGraphs),
     Fault("a lazy graph replays old results", "device", LateGraphs),
 )

@@ -63,6 +63,11 @@ OF_CACHE(bf16, int8_t, int8_bf16)
 extern "C" void quire_codes_pack(Pool*, const void*, const uint8_t*, uint8_t*);
 extern "C" void quire_codes_weight(Pool*, const void*, float*);
 extern "C" void quire_codes_linear_a8_bf16(Pool*, const void*, const bf16*, const bf16*, int64_t, bf16*, int64_t);
+extern "C" void quire_gather(Pool*, const char*, int64_t, int64_t, const int64_t*, int64_t, char*, int64_t*);
+extern "C" void quire_scatter(Pool*, char*, int64_t, int64_t, const int64_t*, int64_t, const char*, int64_t*);
+extern "C" void quire_read_rows(Pool*, const int64_t*, int64_t, int64_t, int64_t, int64_t, char*, int64_t*);
+extern "C" void quire_widen(Pool*, const int32_t*, int64_t, int64_t*);
+extern "C" void quire_at_least(Pool*, const int32_t*, int64_t, int64_t, int32_t*);
 extern "C" void quire_sample(Pool*, const void*, const float*, int64_t*);
 
 namespace {
@@ -193,6 +198,25 @@ void heads(Pool* pool, bool scaled, int64_t window, float softcap, bool with_sin
     }
 }
 
+void moves(Pool* pool) {
+    const std::vector<int64_t> index{3, 0, 3, 6}, beyond{1, 7};
+    std::vector<char> rows(7 * 5), out(4 * 5), back(7 * 5);
+    for (char& each : rows) each = (char)random_bits();
+    FILE* file = tmpfile();
+    fwrite(rows.data(), 1, rows.size(), file), fflush(file);
+    std::vector<int64_t> failed(3), wide(4);
+    quire_gather(pool, rows.data(), 7, 5, index.data(), 4, out.data(), &failed[0]), write(out);
+    quire_scatter(pool, back.data(), 7, 5, index.data(), 4, out.data(), &failed[0]), write(back);
+    quire_read_rows(pool, index.data(), 4, fileno(file), 0, 5, out.data(), &failed[0]), write(out);
+    quire_gather(pool, rows.data(), 7, 5, beyond.data(), 2, out.data(), &failed[1]);
+    quire_scatter(pool, back.data(), 7, 5, beyond.data(), 2, out.data(), &failed[1]), write(back);
+    quire_read_rows(pool, beyond.data(), 2, fileno(file), 0, 5, out.data(), &failed[2]), write(failed);
+    fclose(file);
+    std::vector<int32_t> numbers{-5, 3, -1, 2000000000};
+    quire_widen(pool, numbers.data(), 4, wide.data()), write(wide);
+    quire_at_least(pool, numbers.data(), 4, -2, numbers.data()), write(numbers);
+}
+
 void samples(Pool* pool) {
     const int64_t rows = 64, vocab = 1000;
     auto logits = floats<float>(rows * vocab);
@@ -219,6 +243,6 @@ int main() {
     rows_of<float>(pool), rows_of<bf16>(pool);
     heads<float, float>(pool, false, 0, 0.0f, false), heads<bf16, bf16>(pool, false, 33, 5.0f, true);
     heads<float, int8_t>(pool, true, 33, 0.0f, true), heads<bf16, int8_t>(pool, true, 0, 5.0f, false);
-    samples(pool);
+    samples(pool), moves(pool);
     return 0;
 }

@@ -14,7 +14,7 @@ from quire.plugin import DeviceInit, GatedActSpec, LinearSpec, OpInit, RMSNormSp
 from quire.testing.device import DeviceConformance
 from quire_cpu_native.build import missing
 from quire_cpu_native.device import NativeDevice, NativeDeviceOptions, RecordingRunner, same_bits
-from quire_cpu_native.native import LISTENER
+from quire_cpu_native.native import LISTENER, native
 from quire_cpu_native.ops import NativeOps
 from quire_cpu_native.recording import CHUNK, Kernels, Recorder, Workspace
 from quire_cpu_ref.ops import TorchOps
@@ -80,7 +80,7 @@ def test_a_recording_computes_anew_from_what_stands_at_its_inputs(runner, block)
 
 def test_kernels_that_follow_each_other_become_one_call(block):
     x = torch.randn(3, SIZE)
-    recorder = Recorder(Workspace())
+    recorder = Recorder(Workspace(), native(torch.get_num_threads()))
     recording = recorder.recording(recorder.run(lambda: block(x)))
     kinds = [len(piece._calls) if isinstance(piece, Kernels) else 0 for piece in recording.pieces]
     assert [kind for kind in kinds if kind] == [3, 1]
@@ -268,7 +268,7 @@ def test_new_caches_make_new_recordings(runner):
 
 
 def test_other_threads_are_not_recorded(block):
-    x, recorder = torch.randn(3, SIZE), Recorder(Workspace())
+    x, recorder = torch.randn(3, SIZE), Recorder(Workspace(), native(torch.get_num_threads()))
 
     def work():
         other = threading.Thread(target=lambda: block(torch.randn(3, SIZE)))

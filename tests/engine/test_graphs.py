@@ -10,7 +10,10 @@ import torch
 from quire import LLM, OutOfMemory, SamplingParams
 from quire.contract.attention import AttentionBackend, AttentionCaps, GraphSupport
 from quire.contract.device import GraphKey, GraphRunner, MemoryInfo
+from quire.contract.host_device import HostDevice
+from quire.contract.sampling import all_finite
 from quire.registry import HostOptions, build_host
+from quire.sampling.sampler import TorchSampler
 from quire.testing.delayed import DelayedDevice
 
 PLUGIN = """
@@ -21,6 +24,8 @@ def quire_providers():
     cpu = frozenset({"cpu"})
     return [
         Provider("device", "graphed", "MODULE:GraphedDevice", api=1, priority=-100, devices=cpu),
+        Provider("device", "lazy", "MODULE:LazyDevice", api=1, priority=-100, devices=cpu),
+        Provider("sampler", "largest", "MODULE:LargestSampler", api=1, priority=-100, devices=cpu),
         Provider("attention", "shaped", "MODULE:ShapedAttention", api=1, priority=-100, devices=cpu),
     ]
 """
@@ -86,6 +91,39 @@ class GraphedDevice(DelayedDevice):
         return self.peak
 
 
+class LazyRecorder(Recorder):
+    """Keeps a key's work when it first comes."""
+
+    lazy = True
+
+    def capture(self, key, work):
+        self.kept.pop(key, None)
+
+    def run(self, key, work):
+        self.used.append(key)
+        if key is None:
+            return work()
+        if key not in self.kept:
+            self.kept[key], self.results[key] = work, work()
+        return self.results[key].copy_(self.kept[key]())
+
+
+class LazyDevice(HostDevice):
+    """Work has ended when a call returns."""
+
+    recorder: LazyRecorder
+
+    def graph_runner(self):
+        return self.recorder
+
+
+class LargestSampler(TorchSampler):
+    """Has an argmax."""
+
+    def argmax(self, logits):
+        return torch.where(all_finite(logits), logits.argmax(-1), -1).to(torch.int32)
+
+
 @pytest.fixture
 def make(checkpoint, tmp_path, monkeypatch):
     """options -> (engine that replays, its recorder)."""
@@ -124,6 +162,103 @@ def test_replayed_steps_give_the_same_tokens(make):
     assert set(recorder.kept) == {GraphKey(1, size, size) for size in (1, 2, 4, 6)} | {GraphKey(0, 6, 24)}
     assert {GraphKey(0, 6, 24), GraphKey(1, 4, 4), GraphKey(1, 6, 6), GraphKey(1, 1, 1)} <= set(recorder.used)
     assert None not in recorder.used
+
+
+@pytest.fixture
+def lazy(make, monkeypatch):
+    """options -> (engine whose runner keeps work when it first comes, that runner)."""
+
+    def build(**options):
+        recorder = LazyRecorder()
+        monkeypatch.setattr(LazyDevice, "recorder", recorder, raising=False)
+        return make(device="lazy", sampler="largest", **options)[0], recorder
+
+    return build
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_greedy_decode_steps_end_at_their_tokens(make, lazy, overlapping):
+    """Padded ones too: steps of three and five rows are computed as four and six."""
+    params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in (6, 4, 8, 3, 5)]
+    llm, recorder = lazy(async_scheduling=overlapping)
+    found, expected = (
+        [output.outputs[0].token_ids for output in engine.generate(PROMPTS, params, use_tqdm=False)]
+        for engine in (llm, make(device="cpu")[0])
+    )
+    assert found == expected
+    decodes = [key for key in recorder.used if key.uniform_query_len == 1]
+    assert {key.num_reqs for key in decodes if key.greedy} == {1, 4, 6}
+    assert all(key.greedy for key in decodes)
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        {"temperature": 0.5, "seed": 1},
+        {"logprobs": 2},
+        {"prompt_logprobs": 1},
+        {"repetition_penalty": 1.3},
+        {"logit_bias": {3: 1.0}},
+    ],
+)
+def test_one_row_that_asks_for_more_has_the_whole_step_end_at_hidden_states(make, lazy, asks):
+    """As long as it runs: the others go on longer."""
+    params = [SamplingParams(temperature=0, max_tokens=9, ignore_eos=True) for _ in PROMPTS]
+    params[1] = SamplingParams(**{"temperature": 0, "max_tokens": 5, "ignore_eos": True} | asks)
+    llm, recorder = lazy()
+    found, expected = (
+        [
+            (output.outputs[0].token_ids, output.outputs[0].logprobs, output.prompt_logprobs)
+            for output in engine.generate(PROMPTS, params, use_tqdm=False)
+        ]
+        for engine in (llm, make(device="cpu")[0])
+    )
+    assert found == expected
+    sizes = [(key.num_reqs, key.greedy) for key in recorder.used if key is not None and key.uniform_query_len == 1]
+    assert (6, False) in sizes
+    assert (6, True) not in sizes
+    assert (4, True) in sizes
+
+
+def test_without_an_argmax_steps_end_at_hidden_states(make, monkeypatch):
+    recorder = LazyRecorder()
+    monkeypatch.setattr(LazyDevice, "recorder", recorder, raising=False)
+    llm, _ = make(device="lazy", sampler="torch")
+    assert tokens(llm) == tokens(make(device="cpu")[0])
+    assert recorder.used
+    assert not any(key.greedy for key in recorder.used if key is not None)
+
+
+def test_a_greedy_row_whose_logits_are_not_finite_ends_alone(lazy):
+    """The next step's input is a token nevertheless, and the other rows' tokens stay what they are."""
+    llm, recorder = lazy()
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    expected = [output.outputs[0].token_ids for output in llm.generate(PROMPTS[:3], params, use_tqdm=False)]
+    engine, kept = llm.engine, {}
+    for index, prompt in enumerate(PROMPTS[:3]):
+        engine.add(engine.prepare(str(index), prompt, params))
+    model, steps = engine.parts.executor._model, 0
+    logits = type(model).logits
+
+    def spoilt(self, hidden):
+        found = logits(self, hidden)
+        found[1 : 1 + (steps == 6)] = float("nan")
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "logits", spoilt)
+        while engine.has_work():
+            for delta in engine.step():
+                kept.setdefault(delta.request_id, []).append(delta)
+            steps += 1
+    errors = {key: deltas[-1].error for key, deltas in kept.items()}
+    assert [key for key, error in errors.items() if error] == ["1"]
+    assert "finite" in errors["1"]
+    found = [[token for delta in kept[str(index)] for token in delta.token_ids] for index in range(3)]
+    assert found[0] == expected[0]
+    assert found[2] == expected[2]
+    assert found[1] == expected[1][: len(found[1])]
+    assert GraphKey(1, 4, 4, greedy=True) in recorder.used
 
 
 def test_a_capture_that_fails_is_told_once_and_the_rest_runs_eagerly(make, caplog):

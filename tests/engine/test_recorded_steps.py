@@ -1,7 +1,9 @@
 """Decode steps that are recorded on a CPU: the bits of eager ones, and eager ones where something computes unseen."""
 
 import ctypes
+import os
 import random
+import shutil
 
 import pytest
 import torch
@@ -72,9 +74,10 @@ def requests():
     return prompts, params
 
 
-def outcome(llm):
-    """Tokens and log probabilities of two rounds; one request is aborted in its midst."""
+def outcome(llm, **changes):
+    """Tokens and log probabilities of two rounds; one request is aborted in its midst. `changes`: to all requests."""
     (prompts, params), engine = requests(), llm.engine
+    params = [each.model_copy(update=changes) for each in params]
     kept = {}
     for turn in range(2):
         for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
@@ -110,6 +113,45 @@ def test_recorded_steps_give_the_same_bits(checkpoint, replays, monkeypatch, nam
     assert outcome(recorded) == outcome(eager)
     assert len({id(recording) for recording in replays}) == 6, "steps of one to six rows"
     assert len(replays) > 60
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"dtype": "float32"}),
+        ("qwen3", {"dtype": "bfloat16", "kv_cache_dtype": "int8"}),
+        ("qwen3", {"dtype": "bfloat16", "quantization": "int4", "plugin_options": {"int4": {"group_size": 16}}}),
+        ("gemma3", {"dtype": "bfloat16"}),
+        ("phi3", {"dtype": "float32", "async_scheduling": True}),
+    ],
+)
+def test_greedy_steps_are_recorded_to_their_tokens(checkpoint, replays, monkeypatch, name, options):
+    """Without an operation of torch between the kernels, but for families that scale their embedding."""
+    if options["dtype"] == "float32":  # as it is stored, so that its rows need not be rounded
+        monkeypatch.setattr(basic, "LARGE_TABLE", 1)
+    recorded, eager = (LLM(checkpoint(name), device=device, **SMALL | options) for device in ("auto", "cpu"))
+    greedy = {"temperature": 0, "logprobs": None}
+    assert outcome(recorded, **greedy) == outcome(eager, **greedy)
+    assert len({id(recording) for recording in replays}) == 6, "steps of one to six rows"
+    assert len(replays) > 60
+    assert all(recording.result.dtype is torch.int32 for recording in replays)
+    assert {recording.is_native for recording in replays} == {name != "gemma3"}
+
+
+def test_a_file_that_is_cut_short_ends_the_request_with_the_reason(checkpoint, replays, monkeypatch, tmp_path):
+    """The embedding's rows are read by a kernel, and the reader in Python says what was wrong."""
+    monkeypatch.setattr(basic, "LARGE_TABLE", 1)
+    folder = shutil.copytree(checkpoint("qwen3"), tmp_path / "cut")
+    llm = LLM(str(folder), dtype="bfloat16", quantization="int4", plugin_options={"int4": {"group_size": 16}}, **SMALL)
+    engine, params = llm.engine, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    engine.add(engine.prepare("a", [5, 6, 7], params))
+    while len(replays) < 4:
+        engine.step()
+    for file in folder.glob("*.safetensors"):
+        os.truncate(file, 100)
+    (delta,) = engine.step()
+    assert delta.finished
+    assert "has been cut short" in delta.error
 
 
 def test_a_foreign_op_set_that_computes_unseen_is_found_out(checkpoint, replays, caplog, tmp_path):

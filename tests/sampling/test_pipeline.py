@@ -171,6 +171,50 @@ def test_a_sampler_whose_argmax_gives_no_token_ids_is_named(answer):
         run(pipe, torch.zeros(1, V))
 
 
+@pytest.mark.parametrize(
+    "asks",
+    [
+        {"temperature": 0.5},
+        {"logprobs": 0},
+        {"prompt_logprobs": 0},
+        {"logit_bias": {3: 1.0}},
+        {"repetition_penalty": 1.2},
+        {"bad_token_ids": (4,)},
+    ],
+)
+def test_rows_are_plain_where_an_argmax_gives_all_that_they_want(asks):
+    pipe = SamplingPipeline(Asked(INIT), [(kind.__name__, kind(INIT)) for kind in BUILT_IN], INIT)
+    pipe.add(0, request(SamplingParams(temperature=0, top_k=3)), 0)
+    assert not pipe.is_plain(0), "nobody knows yet whether the sampler has one"
+    run(pipe, torch.randn(1, V))
+    assert pipe.is_plain(0)
+    pipe.add(1, request(SamplingParams(**{"temperature": 0, **asks})), 0)
+    assert (pipe.is_plain(0), pipe.is_plain(1)) == (True, False)
+    pipe.remove(1)
+    pipe.add(1, request(SamplingParams(temperature=0)), 0)
+    assert pipe.is_plain(1)
+
+
+def test_rows_of_a_sampler_without_argmax_and_failed_ones_are_not_plain():
+    class Fails(LogitsProcessor):
+        def add(self, slot, request):
+            raise RuntimeError("broken")
+
+        def apply(self, logits, ctx):
+            pass
+
+    pipe = pipeline()
+    pipe.add(0, request(SamplingParams(temperature=0)), 0)
+    run(pipe, torch.randn(1, V))
+    assert not pipe.is_plain(0)
+    pipe = SamplingPipeline(Asked(INIT), [("fails", Fails(INIT))], INIT)
+    pipe.add(0, request(SamplingParams(temperature=0)), 0)
+    pipe.remove(0)
+    pipe.add(0, request(SamplingParams(temperature=0)), 0)
+    pipe._has_argmax = True
+    assert not pipe.is_plain(0)
+
+
 def test_slots_forget_their_requests():
     pipe = pipeline()
     pipe.add(0, request(SamplingParams(temperature=0, logit_bias={5: 100.0}, logprobs=1)), 0)

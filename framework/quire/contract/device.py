@@ -28,11 +28,17 @@ class MemoryInfo:
 
 @dataclass(frozen=True, slots=True, order=True)
 class GraphKey:
-    """What a captured graph is keyed by: padded sizes, and the uniform query length (0: mixed)."""
+    """What a captured graph is keyed by: padded sizes, and the uniform query length (0: mixed).
+
+    `greedy`: the work ends at the rows' tokens, the largest logits, which it also stores for the next step; else at
+    the hidden states. Runners name sizes alone; to lazy ones, unless their device is asynchronous, the engine gives
+    such work as well, under keys of its own.
+    """
 
     uniform_query_len: int
     num_reqs: int
     num_tokens: int
+    greedy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,13 @@ class GraphRunner(ABC):
         overwritten by the next run with any key, and so is all memory that `work` has asked for: what must outlive a
         step is made before.
         """
+
+    def replay(self, key: GraphKey) -> Any:
+        """What `run` would give, of a captured form that needs no work any more; None, as by default: `run` is called.
+
+        Asked of lazy runners only, and outside of torch's inference mode, in which all else happens.
+        """
+        return None
 
     def capture(self, key: GraphKey, work: Callable[[], Any]) -> None:
         """Prepare `run` for this key, before anything is served: largest keys first. Raises if it cannot be done.

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, MemoryInfo
+from quire.contract.device import Device, DeviceInit, GraphKey, GraphRunner, HostCopy, MemoryInfo
 from quire.contract.host_memory import PagesAhead, host_zeros
 
 CGROUP_LIMITS = (
@@ -76,6 +76,9 @@ class HostDevice(Device):
         found = memory.view(dtype).view(*shape)
         self._pages.add(found)
         return found
+
+    def copy_to_host(self, tensors: Sequence[Tensor]) -> HostCopy:
+        return HostCopy(tensors)  # who has them keeps them as they are until he has waited
 
     def synchronize(self) -> None:
         """Every operation has ended when its call returns."""

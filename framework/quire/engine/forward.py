@@ -1,25 +1,45 @@
-"""The model's forward pass: eagerly, or as the replay of a captured graph of the step's size."""
+"""What a step does on the device: eagerly, or as the replay of a captured graph of the step's size."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from quire.contract.attention import AttentionBackend, GraphSupport, KVCaches
 from quire.contract.device import GraphKey, GraphRunner
 from quire.contract.model import CausalLM, StepContext
 from quire.contract.request import ScheduledRow
-from quire.engine.batch import StepInputs
+from quire.engine.batch import BatchBuilder, StepInputs
 from quire.engine.dispatcher import GraphDispatcher
 from quire.engine.preparing import StepSizes
+from quire.engine.rows import RowTable
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardParts:
+    """What computes a step.
+
+    Attributes:
+        argmax: logits [R, V] -> int32 [R], the largest's id, -1 in a row that is not finite; None if steps end at
+            hidden states.
+    """
+
+    model: CausalLM
+    backend: AttentionBackend
+    graphs: GraphRunner
+    argmax: Callable[[Tensor], Tensor] | None
 
 
 class ForwardPass:
-    """Runs the model over a step's inputs.
+    """Runs the model over a step's inputs; decode steps whose rows are all greedy go on to their tokens, if they may.
 
     Args:
-        graphs: the device's. support: component -> the graphs that it can run in.
+        parts: the model and where it runs. support: component -> the graphs that it can run in.
+        builder: of the inputs, which it reads the tokens for. table: where sampled tokens are stored.
 
     Attributes:
         kv: the caches to use, indexed by layer id.
@@ -29,26 +49,37 @@ class ForwardPass:
 
     def __init__(
         self,
-        model: CausalLM,
-        backend: AttentionBackend,
-        graphs: GraphRunner,
+        parts: ForwardParts,
         support: Mapping[str, GraphSupport],
         sizes: StepSizes,
+        builder: BatchBuilder,
+        table: RowTable,
     ) -> None:
-        self._model, self._backend, self._graphs = model, backend, graphs
+        self._parts, self._builder, self._table = parts, builder, table
+        graphs = parts.graphs
         self.dispatcher = GraphDispatcher(graphs.keys(), support, sizes.max_num_seqs, sizes.max_num_batched_tokens)
         self.captures_later = graphs.lazy
+        decodes = (key for key in self.dispatcher.keys if key.uniform_query_len == 1)
+        self._greedy = {key: replace(key, greedy=True) for key in decodes} if parts.argmax else {}
         self.kv: tuple[KVCaches, ...] = ()
 
-    def pick(self, rows: Sequence[ScheduledRow]) -> GraphKey | None:
-        """The size that a step of these rows is padded to; None: it runs eagerly, as it is."""
+    def pick(self, rows: Sequence[ScheduledRow], *, plain: bool) -> GraphKey | None:
+        """The size that a step of these rows is padded to; None: it runs eagerly, as it is.
+
+        Args:
+            plain: all rows sample their largest logits, and nothing else looks at these or at the hidden states.
+        """
         lengths = [row.num_new_tokens for row in rows]
         uniform = lengths[0] if min(lengths) == max(lengths) else 0
-        return self.dispatcher.pick(uniform, len(rows), sum(lengths))
+        key = self.dispatcher.pick(uniform, len(rows), sum(lengths))
+        return self._greedy.get(key, key) if plain and key is not None else key
 
     def capture(self, key: GraphKey, padding: StepInputs) -> None:
         """Have the device capture the steps of this size. Raises whatever it fails with."""
-        self._graphs.capture(key, self._work(padding))
+        plan = self._parts.backend.plan(padding.attention)
+        self._parts.graphs.capture(key, self._work(padding, plan))
+        if (greedy := self._greedy.get(key)) is not None:
+            self._parts.graphs.capture(greedy, self._greedy_work(padding, plan))
 
     def run(self, inputs: StepInputs, key: GraphKey | None, *, needs_all: bool) -> Tensor:
         """Hidden states [T, H] of the step's tokens, padding included.
@@ -56,18 +87,44 @@ class ForwardPass:
         Unless it `needs_all`, they may be those of `inputs.sample_rows` alone; where no row samples, of any token.
         """
         wanted = None if needs_all or key is not None else _sampled(inputs)
-        hidden: Tensor = self._graphs.run(key, self._work(inputs, wanted))
+        plan = self._parts.backend.plan(inputs.attention)
+        hidden: Tensor = self._parts.graphs.run(key, self._work(inputs, plan, wanted))
         return hidden
+
+    def run_greedily(self, inputs: StepInputs, key: GraphKey) -> Tensor:
+        """int32 [num_reqs], the rows' tokens, which are stored for the next step; -1 where logits are not finite."""
+        plan = self._parts.backend.plan(inputs.attention)
+        tokens: Tensor | None = self._parts.graphs.replay(key)
+        if tokens is not None:
+            return tokens
+        with torch.inference_mode():
+            found: Tensor = self._parts.graphs.run(key, self._greedy_work(inputs, plan))
+            return found
 
     def run_eagerly(self, inputs: StepInputs) -> Tensor:
         """As `run`, whatever graphs there are."""
-        return self._work(inputs)()
+        return self._work(inputs, self._parts.backend.plan(inputs.attention))()
 
-    def _work(self, inputs: StepInputs, wanted: Tensor | None = None) -> Callable[[], Tensor]:
+    def _work(self, inputs: StepInputs, plan: Any, wanted: Tensor | None = None) -> Callable[[], Tensor]:
         """What a graph captures of a step. Planning stands before it: it may look at the host's lengths."""
-        plan = self._backend.plan(inputs.attention)
-        ctx = StepContext(self._backend, inputs.attention, plan, self.kv, wanted)
-        return lambda: self._model.forward(inputs.input_ids, inputs.positions, ctx)
+        ctx = StepContext(self._parts.backend, inputs.attention, plan, self.kv, wanted)
+
+        def work() -> Tensor:
+            self._builder.read(inputs)
+            return self._parts.model.forward(inputs.input_ids, inputs.positions, ctx)
+
+        return work
+
+    def _greedy_work(self, inputs: StepInputs, plan: Any) -> Callable[[], Tensor]:
+        forward, argmax = self._work(inputs, plan), self._parts.argmax
+        assert argmax is not None
+
+        def work() -> Tensor:
+            tokens = argmax(self._parts.model.logits(forward()))
+            self._table.store(inputs.places, tokens.clamp(min=0))  # the next step reads one, whatever is wrong
+            return tokens
+
+        return work
 
 
 def _sampled(inputs: StepInputs) -> Tensor | None:

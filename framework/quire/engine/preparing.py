@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from torch import Tensor
-
 from quire.contract.device import Device, GraphKey
 from quire.contract.request import ScheduledRow
 from quire.contract.sampling import SamplingBatch
@@ -32,15 +29,11 @@ class StepSizes:
 
 @dataclass(frozen=True, slots=True)
 class SampledRows:
-    """The rows of a step that sample: slots, known tokens, and on the device their parameters.
-
-    `places`: int64 [S], where their tokens go in the flattened table of tokens.
-    """
+    """The rows of a step that sample: slots, known tokens, and on the device their parameters."""
 
     slots: list[int]
     lengths: list[int]
     batch: SamplingBatch
-    places: Tensor
 
 
 class StepPreparer:
@@ -49,40 +42,47 @@ class StepPreparer:
     Args:
         device: where they go. sizes: of the largest step.
         pipeline: knows the rows' sampling parameters.
-        fixed: the inputs must stand at the same addresses in every step, as graphs need it.
+
+    Attributes:
+        table: the rows. builder: of the inputs.
     """
 
-    def __init__(self, device: Device, sizes: StepSizes, pipeline: SamplingPipeline, *, fixed: bool) -> None:
+    def __init__(self, device: Device, sizes: StepSizes, pipeline: SamplingPipeline) -> None:
         torch_device = device.torch_device()
         room = BatchBuilder.num_bytes(sizes.max_num_seqs, sizes.max_num_batched_tokens)
-        room += (SamplingColumns.NUM_BYTES + 8) * sizes.max_num_seqs + 8 * ALIGNMENT
+        room += SamplingColumns.NUM_BYTES * sizes.max_num_seqs + 8 * ALIGNMENT
         room += DELTA_BYTES + 4 * sizes.max_model_len
         self.table = RowTable(sizes.max_num_seqs, sizes.max_model_len, sizes.block_size, torch_device)
         self._pipeline = pipeline
-        self._staging = Staging(device, room, shared=torch_device.type == "cpu" and not fixed)
-        self._builder = BatchBuilder(self.table, self._staging, sizes.max_num_batched_tokens, sizes.block_size)
+        self._staging = Staging(device, room)
+        self.builder = BatchBuilder(self.table, self._staging, sizes.max_num_batched_tokens, sizes.block_size)
 
-    def prepare(self, rows: Sequence[ScheduledRow], key: GraphKey | None) -> tuple[StepInputs, SampledRows]:
-        """The inputs of these rows, padded to `key`; the schedule must have been applied to the table."""
+    def prepare(self, rows: Sequence[ScheduledRow], key: GraphKey | None) -> tuple[StepInputs, SampledRows | None]:
+        """The inputs of these rows, padded to `key`; the schedule must have been applied to the table.
+
+        No row's parameters are needed where the work itself takes greedy tokens, or where none samples.
+        """
         self._staging.begin()
-        batch = self._builder.stage(rows, key)
-        sampled = self._stage_sampled(rows)
+        inputs = self.builder.stage(rows, key)
+        greedy = key is not None and key.greedy
+        sampled = None if greedy else self._stage_sampled([row for row in rows if row.samples])
         deltas = self.table.stage(self._staging)
         self._staging.send()
         self.table.flush(deltas)
-        return self._builder.inputs(batch), sampled
+        self.builder.load(inputs)
+        return inputs, sampled
 
     def padding(self, key: GraphKey) -> StepInputs:
         """A step of that size without any rows."""
         self._staging.begin()
-        staged = self._builder.stage((), key)
+        inputs = self.builder.stage((), key)
         self._staging.send()
-        return self._builder.inputs(staged)
+        self.builder.load(inputs)
+        return inputs
 
-    def _stage_sampled(self, rows: Sequence[ScheduledRow]) -> SampledRows:
-        sampling = [row for row in rows if row.samples]
-        slots = [row.slot for row in sampling]
-        lengths = [row.num_computed_tokens + row.num_new_tokens for row in sampling]
-        columns, width = self._pipeline.columns(slots, lengths), self.table.token_ids.shape[1]
-        places = np.array(slots, dtype=np.int64) * width + columns.positions
-        return SampledRows(slots, lengths, columns.batch(self._staging.put), self._staging.put(places))
+    def _stage_sampled(self, rows: Sequence[ScheduledRow]) -> SampledRows | None:
+        if not rows:
+            return None
+        slots = [row.slot for row in rows]
+        lengths = [row.num_computed_tokens + row.num_new_tokens for row in rows]
+        return SampledRows(slots, lengths, self._pipeline.columns(slots, lengths).batch(self._staging.put))

@@ -43,6 +43,7 @@ class RowTable:
             which stands for padding.
         host_block_table: the same on the host, ahead of the device until the deltas have been flushed.
         rows: slot -> what is remembered of its request.
+        version: counts the changes of `block_table`.
     """
 
     def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
@@ -52,6 +53,7 @@ class RowTable:
         self.block_table = torch.zeros(max_num_seqs + 1, self.max_blocks, dtype=torch.int32, device=device)
         self.host_block_table = np.zeros((max_num_seqs + 1, self.max_blocks), dtype=np.int32)
         self.rows: dict[int, Row] = {}
+        self.version = 0
         self._cleared: list[int] = []
         self._new_rows: list[NewRow] = []
         self._appended: list[tuple[int, int, tuple[int, ...]]] = []
@@ -60,6 +62,11 @@ class RowTable:
     def padding_slot(self) -> int:
         """The row of the block table that stands for padding."""
         return self.token_ids.shape[0]
+
+    @property
+    def spare_place(self) -> int:
+        """A place of the flattened `token_ids` for what padding samples: nobody reads behind the longest request."""
+        return self.token_ids.shape[1] - 1
 
     def apply(self, schedule: Schedule) -> None:
         """Release and take slots, and append the blocks that the schedule granted; the device learns of it later."""
@@ -85,6 +92,7 @@ class RowTable:
 
     def flush(self, deltas: RowDeltas) -> None:
         """Apply staged changes on the device, once the step's buffer has been sent."""
+        self.version += deltas.cleared is not None or deltas.blocks is not None
         if deltas.cleared is not None:
             self.block_table.index_fill_(0, deltas.cleared, 0)
         if deltas.blocks is not None:
@@ -93,7 +101,9 @@ class RowTable:
             self.token_ids[slot, : len(tokens)] = tokens
 
     def store(self, places: Tensor, token_ids: Tensor) -> None:
-        """Record sampled tokens int32 [R] at `places` int64 [R] of the flattened `token_ids`, all on the device."""
+        """Record sampled tokens int32 [R] at the first R of `places`, int64, of the flattened `token_ids`."""
+        if len(places) != len(token_ids):
+            places = places[: len(token_ids)]
         self.token_ids.view(-1).index_copy_(0, places, token_ids)
 
     def _stage_blocks(self, staging: Staging) -> tuple[Tensor, Tensor]:

@@ -23,12 +23,12 @@ from quire.contract.request import NewRow, RowResult, Schedule, ScheduledRow, St
 from quire.contract.sampling import ProcessorRequest
 from quire.engine.batch import StepInputs
 from quire.engine.dispatcher import GraphDispatcher
-from quire.engine.forward import ForwardPass
+from quire.engine.forward import ForwardParts, ForwardPass
 from quire.engine.isolate import isolate
 from quire.engine.launched import Launched, Running, Times
 from quire.engine.preparing import SampledRows, StepPreparer, StepSizes
-from quire.engine.prompts import any_prompt_figures, prompt_entries, prompt_figures
-from quire.sampling.pipeline import SamplingPipeline, SamplingResult
+from quire.engine.prompts import PromptFigures, any_prompt_figures, prompt_entries, prompt_figures
+from quire.sampling.pipeline import SamplingPipeline, SamplingResult, greedy_result
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,13 @@ class Runner:
 
     def __init__(self, parts: RunnerParts) -> None:
         self._parts = parts
-        graphs = parts.device.graph_runner()
-        self._forward = ForwardPass(parts.model, parts.backend, graphs, parts.graph_support, parts.sizes)
-        fixed = bool(self._forward.dispatcher.keys)
-        self._preparer = StepPreparer(parts.device, parts.sizes, parts.pipeline, fixed=fixed)
+        self._preparer = StepPreparer(parts.device, parts.sizes, parts.pipeline)
         self._rows = self._preparer.table
+        graphs = parts.device.graph_runner()
+        # A graph's result is overwritten by the next step, which an asynchronous device begins before it is read.
+        argmax = parts.pipeline.argmax if graphs.lazy and not parts.device.runs_async else None
+        forward = ForwardParts(parts.model, parts.backend, graphs, argmax)
+        self._forward = ForwardPass(forward, parts.graph_support, parts.sizes, self._preparer.builder, self._rows)
         self._flying: list[Launched] = []
 
     @property
@@ -86,18 +88,21 @@ class Runner:
         logits = self._parts.model.logits(hidden[: len(slots)])
         self._parts.pipeline.run(logits, slots, [0] * len(slots), self._rows.token_ids, batch)
 
-    @torch.inference_mode()
+    # Inference mode is entered by those who need it: that takes as long as the staging of a decode step.
     def launch(self, schedule: Schedule) -> Launched:
         """Hand one schedule to the device. What fails for single rows is their result; what does for all is raised."""
         launched = Launched(schedule, Times(time.perf_counter()))
-        self._apply(schedule)
+        self._rows.apply(schedule)
+        if schedule.released or schedule.new_rows or schedule.copies:
+            self._change_rows(schedule)
         self._start(launched)
         if launched.error is not None:
             raise launched.error
         self._flying.append(launched)
+        if not self._parts.device.runs_async:
+            self._settle(launched)  # all is there, and the next step will overwrite it
         return launched
 
-    @torch.inference_mode()
     def collect(self, launched: Launched) -> StepResult:
         """Wait for a launched step, and bring its results to the host. Fails as `launch` does."""
         self._settle(launched)
@@ -139,6 +144,7 @@ class Runner:
                 step.running, step.results, step.error = None, (), None
                 self._start(step)
 
+    @torch.inference_mode()
     def _take_apart(self, launched: Launched, error: Exception, anew: Iterable[ScheduledRow] = ()) -> None:
         """Run the rows of a failed step in parts. `anew`: rows whose processors must start from their tokens again."""
         rows, times = launched.schedule.rows, launched.times
@@ -167,14 +173,40 @@ class Runner:
         self._parts.pipeline.add(row.slot, _processor_request(new, known), new.seed)
 
     def _launch_rows(self, rows: Sequence[ScheduledRow], times: Times) -> Running:
-        key = self._forward.pick(rows)
+        is_plain = self._parts.pipeline.is_plain
+        key = self._forward.pick(rows, plain=all(row.samples and is_plain(row.slot) for row in rows))
         inputs, sampling = self._preparer.prepare(rows, key)
         times.build += times.lap()
+        if key is not None and key.greedy:
+            tokens = self._forward.run_greedily(inputs, key)
+            times.forward += times.lap()
+            return self._running(rows, greedy_result(tokens, len(rows)), {}, times)
+        return self._launch_others(rows, inputs, sampling, key, times)
+
+    @torch.inference_mode()
+    def _launch_others(
+        self,
+        rows: Sequence[ScheduledRow],
+        inputs: StepInputs,
+        sampling: SampledRows | None,
+        key: GraphKey | None,
+        times: Times,
+    ) -> Running:
         tells_prompts = any_prompt_figures(rows, self._rows)
         hidden = self._forward.run(inputs, key, needs_all=tells_prompts)
         times.forward += times.lap()
-        sampled = self._sample(sampling, hidden, inputs)
+        sampled = None if sampling is None else self._sample(sampling, hidden, inputs)
         prompts = prompt_figures(rows, hidden, self._rows, self._parts.model.logits) if tells_prompts else {}
+        return self._running(rows, sampled, prompts, times)
+
+    def _running(
+        self,
+        rows: Sequence[ScheduledRow],
+        sampled: SamplingResult | None,
+        prompts: dict[str, PromptFigures],
+        times: Times,
+    ) -> Running:
+        """The rows, with a copy of their results to the host that has been started."""
         tensors = [prompt.figures for prompt in prompts.values()]
         if sampled is not None:
             tensors += sampled.tensors()
@@ -183,10 +215,10 @@ class Runner:
         times.sample += times.lap()
         return Running(rows, sampled, prompts, copy)
 
-    def _apply(self, schedule: Schedule) -> None:
+    @torch.inference_mode()
+    def _change_rows(self, schedule: Schedule) -> None:
         for slot in schedule.released:
             self._parts.pipeline.remove(slot)
-        self._rows.apply(schedule)
         for new in schedule.new_rows:
             self._parts.pipeline.add(new.slot, _processor_request(new, new.token_ids), new.seed)
         if schedule.copies:
@@ -199,15 +231,13 @@ class Runner:
                 for copy in copies:
                     cache[copy.dst].copy_(cache[copy.src])
 
-    def _sample(self, sampling: SampledRows, hidden: Tensor, inputs: StepInputs) -> SamplingResult | None:
-        if not sampling.slots:
-            return None
+    def _sample(self, sampling: SampledRows, hidden: Tensor, inputs: StepInputs) -> SamplingResult:
         parts = self._parts
         # Each token samples, as in most decode steps, or the model has left out those that do not.
         no_others = len(sampling.slots) == len(hidden)
         logits = parts.model.logits(hidden if no_others else hidden.index_select(0, inputs.sample_rows))
         result = parts.pipeline.run(logits, sampling.slots, sampling.lengths, self._rows.token_ids, sampling.batch)
-        self._rows.store(sampling.places, result.token_ids)
+        self._rows.store(inputs.places, result.token_ids)
         return result
 
     def _collect_rows(self, running: Running, times: Times) -> tuple[RowResult, ...]:

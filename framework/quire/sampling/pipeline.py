@@ -130,6 +130,8 @@ class SamplingPipeline:
         self._device = init.device
         self._active: list[set[int]] = [set() for _ in processors]
         self._failed: dict[int, str] = {}
+        self._has_argmax = False
+        self._more_than_argmax: set[int] = set()  # slots whose rows need the logits for something else
         count = init.max_num_reqs
         self._temperature = np.zeros(count, dtype=np.float32)
         self._top_k = np.zeros(count, dtype=np.int32)
@@ -147,12 +149,16 @@ class SamplingPipeline:
         self._top_p[slot] = params.top_p
         self._min_p[slot] = params.min_p
         self._seeds[slot] = seed
+        if params.temperature > 0 or params.logprobs is not None or params.prompt_logprobs is not None:
+            self._more_than_argmax.add(slot)
         if params.logprobs is not None:
             self._num_logprobs[slot] = params.logprobs
         for (name, processor), active in zip(self._processors, self._active, strict=True):
             try:
                 if processor.add(slot, request):
                     active.add(slot)
+                    if not processor.argmax_invariant:
+                        self._more_than_argmax.add(slot)
                     if processor.needs_host_tokens(params):
                         self._host_tokens[slot] = list(request.token_ids)
             except Exception as error:
@@ -162,6 +168,7 @@ class SamplingPipeline:
         """The slot is free again."""
         self._num_logprobs.pop(slot, None)
         self._failed.pop(slot, None)
+        self._more_than_argmax.discard(slot)
         self._host_tokens.pop(slot, None)
         for (name, processor), active in zip(self._processors, self._active, strict=True):
             if slot in active:
@@ -178,6 +185,17 @@ class SamplingPipeline:
         for slot, token in zip(slots, tokens, strict=True):
             if slot in self._host_tokens:
                 self._host_tokens[slot].append(token)
+
+    def is_plain(self, slot: int) -> bool:
+        """Whether `argmax` gives all that the slot's request wants of a step that samples.
+
+        False until the sampler has shown that it has one.
+        """
+        return self._has_argmax and slot not in self._more_than_argmax
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """int32 [R]: the tokens of rows that are all plain, -1 where logits [R, V] are not finite."""
+        return self._chosen(self._sampler.argmax(logits), "argmax", logits)
 
     def columns(self, slots: Sequence[int], num_tokens: Sequence[int]) -> SamplingColumns:
         """The sampler's parameters for these rows; `num_tokens` are the positions of the tokens to be sampled."""
@@ -206,6 +224,7 @@ class SamplingPipeline:
         wanted = tuple(row for row, slot in enumerate(slots) if slot in self._num_logprobs)
         turns = self._turns(slots)
         if batch.all_greedy and not wanted and not turns and (tokens := self._sampler.argmax(logits)) is not None:
+            self._has_argmax = True
             return self._result(self._chosen(tokens, "argmax", logits), logits, slots)
         logits = logits.float()
         finite = all_finite(logits)
@@ -283,7 +302,14 @@ class SamplingPipeline:
         """A processor that raises fails the requests that it was asked for, and no others."""
         logger.warning("logits processor %r failed", name, exc_info=error)
         for slot in slots:
+            self._more_than_argmax.add(slot)
             self._failed[slot] = f"logits processor {name!r} failed: {type(error).__name__}: {error}"
+
+
+def greedy_result(tokens: Tensor, count: int) -> SamplingResult:
+    """The first `count` of what `SamplingPipeline.argmax` gave, whose tokens have been stored already."""
+    outcome = tokens if len(tokens) == count else tokens[:count]
+    return SamplingResult(outcome, outcome, None, (), (), (None,) * count)
 
 
 def validate_params(params: SamplingParams, vocab_size: int, processors: Sequence[type[LogitsProcessor]]) -> None:

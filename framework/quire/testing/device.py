@@ -71,7 +71,7 @@ class DeviceConformance:
         """Work runs eagerly without a key, and gives its result for every key that is offered, each time anew.
 
         If it fails: `run(None, work)` returns `work()`; for a key return what the captured work returns, after every
-        replay.
+        replay. `replay(key)` gives the same as `run` or None.
         """
         runner = device.graph_runner()
         assert runner.run(None, lambda: 7) == 7
@@ -84,6 +84,10 @@ class DeviceConformance:
             x.fill_(value)
             for key in keys:
                 assert float(runner.run(key, lambda: x + 1).sum()) == 2 * (value + 1)
+        x.fill_(9.0)
+        for key in keys:
+            replayed = runner.replay(key)
+            assert replayed is None or float(replayed.sum()) == 20.0
 
     def test_copies_to_the_host(self, device: Device) -> None:
         """A copy brings what the device had computed when it was started, on the CPU; an empty one waits for that work.

@@ -12,6 +12,7 @@ from pydantic import PositiveInt
 from quire.plugin import DeviceInit, GraphKey, GraphRunner, HostDevice, HostDeviceOptions
 from torch import Tensor
 
+from quire_cpu_native.native import native
 from quire_cpu_native.recording import Recorder, Recording, Workspace
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,10 @@ class RecordingRunner(GraphRunner):
         self._new.pop(key, None)
         self._proven.pop(key, None)
 
+    def replay(self, key: GraphKey) -> Any:
+        proven = self._proven.get(key)
+        return proven.replay() if proven is not None and proven.is_native else None
+
     def run(self, key: GraphKey | None, work: Callable[[], Any]) -> Any:
         if key is None or self._refused:
             return work()
@@ -83,7 +88,7 @@ class RecordingRunner(GraphRunner):
         return self._record(key, work) if self._seen[key] * PATIENCE >= key.num_reqs else work()
 
     def _record(self, key: GraphKey, work: Callable[[], Any]) -> Any:
-        recorder = Recorder(self._workspace)
+        recorder = Recorder(self._workspace, native(torch.get_num_threads()))
         result = recorder.run(work)
         if recorder.why_not:
             self._refuse(recorder.why_not)

@@ -36,6 +36,11 @@ SIGNATURES: Mapping[str, str] = MappingProxyType(
         "codes_linear_a8": "ppppipi",
         "sample": "pppp",
         "argmax": "ppipii",
+        "gather": "ppiipipp",
+        "scatter": "ppiipipp",
+        "read_rows": "ppiiiipp",
+        "widen": "ppip",
+        "at_least": "ppiip",
     }
 )
 """Function -> its arguments: pointers, whole numbers, floats. The first is the pool of threads."""
@@ -144,7 +149,7 @@ class Native:
         if self.pool is None:
             raise RuntimeError(f"the system refuses to start {threads - 1} more threads")
 
-    def function(self, name: str, dtype: torch.dtype | None = None, form: str = "") -> Callable[..., Any]:
+    def function(self, name: str, dtype: torch.dtype | None = None, form: str = "") -> Kernel:
         """A kernel for a dtype, in a form if there are several."""
         parts = ("quire", name, form, "" if dtype is None else SUFFIXES[dtype])
         symbol = "_".join(part for part in parts if part)

@@ -2,7 +2,8 @@
 
 What is noted are the operations of torch and the calls of this plugin's kernels, with the addresses that they had. All
 memory that they made is kept, so that the addresses stay good; it holds activations alone, and recordings of which no
-two run at once share it. Kernels that follow each other become one call.
+two run at once share it. Kernels that follow each other become one call, and take the place of operations that they
+can do.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from quire.plugin import HostArena
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from quire_cpu_native.moves import move
 from quire_cpu_native.native import LISTENER, CallFields, Kernel, Native
 
 ATEN = torch.ops.aten
@@ -82,6 +84,8 @@ class Kernels:
         self._library = library
         self._calls: list[CallFields] = []
         self._held: list[Any] = []
+        self._moves: list[Operation] = []
+        self._failed = ctypes.c_int64(0)
 
     def note(self, kernel: Kernel, arguments: tuple[Any, ...]) -> None:
         """Add a call."""
@@ -90,12 +94,27 @@ class Kernels:
         self._calls.append(CallFields(kernel.recorded, kernel.library.pool, ctypes.addressof(array)))
         self._held += [kernel, array]
 
+    def note_move(self, operation: Operation, named: dict[str, Any], result: Tensor) -> bool:
+        """Add the call that does what the operation has done; False if no kernel can. `named`: all its arguments."""
+        found = move(operation.function, named, result, ctypes.addressof(self._failed))
+        if found is None:
+            return False
+        name, arguments = found
+        self.note(self._library.function(name), arguments)
+        self._moves.append(operation)
+        return True
+
     @cached_property
     def _array(self) -> Any:
         return (CallFields * len(self._calls))(*self._calls)
 
     def run(self) -> None:
         self._library.replay(ctypes.addressof(self._array), len(self._calls))
+        if self._failed.value:
+            self._failed.value = 0
+            for operation in self._moves:
+                operation.run()  # one of them raises, and says why
+            raise RuntimeError("rows of a step could not be moved")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +139,14 @@ class Recording:
     Attributes:
         pieces: in their order. result: what the work returned, overwritten by each replay.
         made: tensors that the work has made. held: all that must live as long as this.
+        is_native: whether kernels do it all, so that torch's modes do not matter.
     """
 
     pieces: tuple[Piece, ...]
     result: Tensor
     made: tuple[Tensor, ...]
     held: tuple[Any, ...]
+    is_native: bool
 
     def replay(self) -> Tensor:
         """Run the work again; the result is the same tensor every time."""
@@ -144,14 +165,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         workspace: gives the memory that is asked for without content.
+        library: has kernels in place of some operations.
 
     Attributes:
         why_not: why what was noted is not the same calls on the same addresses every time; empty if it may be.
     """
 
-    def __init__(self, workspace: Workspace) -> None:
+    def __init__(self, workspace: Workspace, library: Native) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._workspace = workspace
+        self._workspace, self._library = workspace, library
         self._pieces: list[Piece] = []
         self._open: Kernels | None = None  # the last piece, if kernels may still join it
         self._made: list[Tensor] = []
@@ -174,7 +196,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def recording(self, result: Tensor) -> Recording:
         """What was noted of the work that has returned this."""
-        return Recording(tuple(self._pieces), result, tuple(self._made), tuple(self._held))
+        is_native = all(isinstance(piece, Kernels) for piece in self._pieces)
+        return Recording(tuple(self._pieces), result, tuple(self._made), tuple(self._held), is_native)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -194,10 +217,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made
 
     def _note_kernel(self, kernel: Kernel, arguments: tuple[Any, ...]) -> None:
-        if self._open is None:
-            self._open = Kernels(kernel.library)
-            self._pieces.append(self._open)
-        self._open.note(kernel, arguments)
+        kernels = self._open or Kernels(self._library)
+        kernels.note(kernel, arguments)
+        self._append(kernels)
+
+    def _append(self, piece: Kernels | Operation) -> None:
+        if piece is not self._open:
+            self._pieces.append(piece)
+        self._open = piece if isinstance(piece, Kernels) else None
 
     def _note_operation(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], made: Any) -> None:
         results = list(_tensors(made))
@@ -205,9 +232,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         fresh = tuple((place, tensor) for place, tensor in enumerate(results) if _memory(tensor) not in given)
         self._held += results
         self._made += [tensor for _, tensor in fresh]
-        if function._schema.is_mutable or fresh:  # others are views
-            self._pieces.append(Operation(function, arguments, keywords, fresh))
-            self._open = None
+        if not (function._schema.is_mutable or fresh):  # a view
+            return
+        operation = Operation(function, arguments, keywords, fresh)
+        names = (argument.name for argument in function._schema.arguments)
+        named = dict(zip(names, arguments, strict=False)) | keywords
+        kernels = self._open or Kernels(self._library)
+        self._append(kernels if kernels.note_move(operation, named, results[0]) else operation)
 
 
 def _why_not(function: Any, arguments: tuple[Any, ...], made: Any) -> str:
