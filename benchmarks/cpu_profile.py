@@ -129,12 +129,13 @@ class Bench:
             block_size=16,
             enable_prefix_caching=False,
         ).engine
+        self._temperature = options.temperature
         self._keys = itertools.count()
         self._rng = random.Random(0)
 
     def add(self, context: int, count: int) -> None:
         """A request of random tokens."""
-        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+        params = SamplingParams(temperature=self._temperature, max_tokens=count, ignore_eos=True)
         prompt = [self._rng.randrange(10, 250) for _ in range(context)]
         self.engine.add(self.engine.prepare(str(next(self._keys)), prompt, params))
 
@@ -212,6 +213,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=1, help="requests of a decoding step")
     add("--context", type=int, default=64, help="tokens of a prompt")
     add("--steps", type=int, default=32, help="decoding steps, and eight times the prompts")
+    add("--temperature", type=float, default=0.0, help="of the requests; 0: greedy")
     add("--torch", action="store_true", help="also what torch computes in decoding steps, by its own profiler")
     return result
 

@@ -71,25 +71,51 @@ class Overflows(Sampler):
         return torch.where(logits.exp().sum(-1).isfinite(), exact, 0)
 
 
-class TakesLargest(TorchSampler):
-    """Right, with an `argmax` of its own."""
+class Chooses(TorchSampler):
+    """Right, with a `choose` of its own."""
 
-    def argmax(self, logits):
-        return torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1).to(torch.int32)
+    def choose(self, logits, batch):
+        return torch.where(logits.isfinite().all(-1), self.sample(logits.float(), batch), -1).to(torch.int32)
 
 
-class MissesNan(TakesLargest):
+class MissesNan(Chooses):
     """Compares the largest with infinity, as if NaN were smaller."""
 
-    def argmax(self, logits):
-        return super().argmax(logits.nan_to_num(nan=-1e9, posinf=torch.inf, neginf=-torch.inf))
+    def choose(self, logits, batch):
+        return super().choose(logits.nan_to_num(nan=-1e9, posinf=torch.inf, neginf=-torch.inf), batch)
 
 
-class RoundsForArgmax(TakesLargest):
+class RoundsToChoose(Chooses):
     """Rounds before it compares."""
 
-    def argmax(self, logits):
-        return super().argmax(logits.round())
+    def choose(self, logits, batch):
+        return super().choose(logits.round() if batch.all_greedy else logits, batch)
+
+
+class ChoosesGreedily(Chooses):
+    """Takes the largest, whatever the temperature."""
+
+    def choose(self, logits, batch):
+        return super().choose(logits, dataclasses.replace(batch, temperature=batch.temperature * 0, all_greedy=True))
+
+
+class ChoosesNarrow(Chooses):
+    """Divides in the logits' own dtype."""
+
+    def choose(self, logits, batch):
+        if batch.all_greedy:
+            return super().choose(logits, batch)
+        warm = batch.temperature.clamp(min=1e-3).to(logits.dtype)[:, None]
+        return super().choose(logits / warm, dataclasses.replace(batch, temperature=(batch.temperature > 0).float()))
+
+
+class ChoosesInPlace(Chooses):
+    """Overwrites the logits."""
+
+    def choose(self, logits, batch):
+        tokens = super().choose(logits, batch)
+        logits[:, 0] = 0.0
+        return tokens
 
 
 class KeepsTop(LogitsProcessor):
@@ -217,7 +243,10 @@ FAULTS = (
     Fault("greedy takes the last of equals", "sampler", TakesLastOfEquals),
     Fault("exp overflows", "sampler", Overflows),
     Fault("NaN passes for finite", "sampler", MissesNan),
-    Fault("argmax rounds", "sampler", RoundsForArgmax),
+    Fault("choose rounds", "sampler", RoundsToChoose),
+    Fault("choose takes the largest", "sampler", ChoosesGreedily),
+    Fault("choose divides in bfloat16", "sampler", ChoosesNarrow),
+    Fault("choose overwrites", "sampler", ChoosesInPlace),
     Fault("argmax_invariant is a lie", "logits_processor", KeepsSecond, KEEP),
     Fault("state by row, not by slot", "logits_processor", CountsRows, PENALTIES),
     Fault("reads stale tokens", "logits_processor", ReadsAhead, PRESENCE),

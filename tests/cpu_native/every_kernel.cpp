@@ -15,19 +15,15 @@ struct Heads {
     int64_t num_heads, num_kv_heads, head_dim, v_head_dim, half, neox;
     float q_eps, k_eps, q_offset, k_offset;
 };
-struct Sampling {
-    const float *temperature, *top_p, *min_p;
-    const int32_t* top_k;
-    const int64_t *seeds, *positions;
-    int64_t rows, vocab, stride;
-};
-
 #define OF_DTYPE(T, NAME)                                                                                              \
     extern "C" void quire_linear_pack_##NAME(Pool*, const T*, T*, int64_t, int64_t);                                   \
     extern "C" void quire_linear_##NAME(Pool*, const T*, const T*, const T*, int64_t, T*, int64_t, int64_t, int64_t);  \
     extern "C" void quire_rms_norm_##NAME(Pool*, const T*, T*, const T*, T*, int64_t, int64_t, float, float);          \
     extern "C" void quire_gated_act_##NAME(Pool*, const T*, int64_t, T*, int64_t, int64_t, int64_t);                   \
     extern "C" void quire_argmax_##NAME(Pool*, const T*, int64_t, int32_t*, int64_t, int64_t);                         \
+    extern "C" void quire_choose_##NAME(Pool*, const T*, int64_t, int64_t, int64_t, const float*, const int32_t*,      \
+                                        const float*, const float*, const int64_t*, const int64_t*, int32_t*);         \
+    static constexpr auto choose(T*) { return quire_choose_##NAME; }                                                   \
     extern "C" void quire_codes_linear_##NAME(Pool*, const void*, const T*, const T*, int64_t, T*, int64_t);           \
     static void pack(Pool* pool, const T* weight, T* packed, int64_t outputs, int64_t inputs) {                        \
         quire_linear_pack_##NAME(pool, weight, packed, outputs, inputs);                                               \
@@ -68,7 +64,8 @@ extern "C" void quire_scatter(Pool*, char*, int64_t, int64_t, const int64_t*, in
 extern "C" void quire_read_rows(Pool*, const int64_t*, int64_t, int64_t, int64_t, int64_t, char*, int64_t*);
 extern "C" void quire_widen(Pool*, const int32_t*, int64_t, int64_t*);
 extern "C" void quire_at_least(Pool*, const int32_t*, int64_t, int64_t, int32_t*);
-extern "C" void quire_sample(Pool*, const void*, const float*, int64_t*);
+extern "C" void quire_sample(Pool*, const float*, int64_t, int64_t, int64_t, const float*, const int32_t*, const float*,
+                             const float*, const int64_t*, const int64_t*, int64_t*);
 
 namespace {
 
@@ -228,9 +225,18 @@ void samples(Pool* pool) {
         min_p[row] = row % 5 ? 0.0f : 0.05f, top_k[row] = row % 2 ? 0 : (int32_t)(1 + row);
         seeds[row] = 7 * row - 9, positions[row] = row * row;
     }
-    Sampling fields{temperature.data(), top_p.data(), min_p.data(), top_k.data(), seeds.data(), positions.data(), rows, vocab, vocab};
-    quire_sample(pool, &fields, logits.data(), tokens.data());
+    quire_sample(pool, logits.data(), vocab, rows, vocab, temperature.data(), top_k.data(), top_p.data(), min_p.data(),
+                 seeds.data(), positions.data(), tokens.data());
     write(tokens);
+    auto narrow = floats<bf16>(rows * vocab);
+    std::vector<int32_t> chosen(rows);
+    logits[5 * vocab] = NAN, put(&narrow[7 * vocab - 1], INFINITY);
+    choose((float*)nullptr)(pool, logits.data(), vocab, rows, vocab, temperature.data(), top_k.data(), top_p.data(),
+                            min_p.data(), seeds.data(), positions.data(), chosen.data());
+    write(chosen);
+    choose((bf16*)nullptr)(pool, narrow.data(), vocab, rows, vocab, temperature.data(), top_k.data(), top_p.data(),
+                           min_p.data(), seeds.data(), positions.data(), chosen.data());
+    write(chosen);
 }
 
 }  // namespace

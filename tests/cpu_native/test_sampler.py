@@ -74,7 +74,7 @@ def test_a_large_vocabulary():
     spoilt=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True)), max_size=4),
     bad=st.sampled_from([float("nan"), float("inf"), float("-inf")]),
 )
-def test_argmax_takes_the_largest_of_rows_that_are_finite(rows, vocab, dtype, spread, spoilt, bad):
+def test_greedy_rows_take_the_largest_if_they_are_finite(rows, vocab, dtype, spread, spoilt, bad):
     """Of rows that are apart, with equals, and with single values that are not finite."""
     generator = torch.Generator().manual_seed(rows)
     logits = (spread * torch.randn(rows, vocab + 5, generator=generator)).to(dtype)[:, 3 : vocab + 3]
@@ -82,13 +82,36 @@ def test_argmax_takes_the_largest_of_rows_that_are_finite(rows, vocab, dtype, sp
         logits[int(row * rows), int(column * vocab)] = bad
     before, init = logits.clone(), SamplerInit(torch.device("cpu"), vocab, rows)
     expected = [int(row.numpy().argmax()) if row.isfinite().all() else -1 for row in before.float()]
-    found = NativeSampler(init).argmax(logits)
+    found = NativeSampler(init).choose(logits, sampling_batch([RowParams(temperature=0.0)] * rows))
     if dtype == torch.float16:  # there is no kernel for it
         assert found is None
     else:
         assert found.dtype == torch.int32
         assert found.tolist() == expected
     assert torch.equal(logits.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.lists(ROWS, min_size=1, max_size=8),
+    vocab=st.sampled_from([1, 2, 31, 64, 65, 700, 5000]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    coarse=st.booleans(),
+    spoilt=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True)), max_size=3),
+    bad=st.sampled_from([float("nan"), float("inf"), float("-inf")]),
+)
+def test_chosen_tokens_are_the_references(rows, vocab, dtype, coarse, spoilt, bad):
+    """Of the logits as the model has left them; rows that are apart, ties, and values that are not finite."""
+    generator = torch.Generator().manual_seed(len(rows) + vocab)
+    logits = 3 * torch.randn(len(rows), vocab + 3, generator=generator)
+    logits = (logits.round() if coarse else logits).to(dtype)[:, 2 : vocab + 2]
+    expected = both(logits.float(), rows)[0]
+    for row, column in spoilt:
+        logits[int(row * len(rows)), int(column * vocab)] = bad
+        expected[int(row * len(rows))] = -1
+    found = NativeSampler(SamplerInit(torch.device("cpu"), vocab, len(rows))).choose(logits, sampling_batch(rows))
+    assert found.dtype == torch.int32
+    assert found.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -108,7 +108,7 @@ def test_decode_steps_are_staged_as_any_others_are(seed, device):
     for _ in range(5):
         rng.shuffle(rows)
         found = []
-        for key in (None, GraphKey(1, size, size, greedy=rng.random() < 0.5)):
+        for key in (None, GraphKey(1, size, size, rng.choice(("hidden", "greedy", "drawn")))):
             staging.begin()
             inputs, deltas = builder.stage(rows, key), table.stage(staging)
             behind = staging.put(np.full(3, 77, dtype=np.int64))

@@ -25,7 +25,7 @@ def quire_providers():
     return [
         Provider("device", "graphed", "MODULE:GraphedDevice", api=1, priority=-100, devices=cpu),
         Provider("device", "lazy", "MODULE:LazyDevice", api=1, priority=-100, devices=cpu),
-        Provider("sampler", "largest", "MODULE:LargestSampler", api=1, priority=-100, devices=cpu),
+        Provider("sampler", "chooses", "MODULE:ChoosingSampler", api=1, priority=-100, devices=cpu),
         Provider("attention", "shaped", "MODULE:ShapedAttention", api=1, priority=-100, devices=cpu),
     ]
 """
@@ -117,11 +117,11 @@ class LazyDevice(HostDevice):
         return self.recorder
 
 
-class LargestSampler(TorchSampler):
-    """Has an argmax."""
+class ChoosingSampler(TorchSampler):
+    """Takes the logits as they are."""
 
-    def argmax(self, logits):
-        return torch.where(all_finite(logits), logits.argmax(-1), -1).to(torch.int32)
+    def choose(self, logits, batch):
+        return torch.where(all_finite(logits), self.sample(logits, batch), -1).to(torch.int32)
 
 
 @pytest.fixture
@@ -171,15 +171,19 @@ def lazy(make, monkeypatch):
     def build(**options):
         recorder = LazyRecorder()
         monkeypatch.setattr(LazyDevice, "recorder", recorder, raising=False)
-        return make(device="lazy", sampler="largest", **options)[0], recorder
+        return make(device="lazy", sampler="chooses", **options)[0], recorder
 
     return build
 
 
 @pytest.mark.parametrize("overlapping", [False, True])
-def test_greedy_decode_steps_end_at_their_tokens(make, lazy, overlapping):
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_decode_steps_end_at_their_tokens(make, lazy, overlapping, temperature):
     """Padded ones too: steps of three and five rows are computed as four and six."""
-    params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in (6, 4, 8, 3, 5)]
+    params = [
+        SamplingParams(temperature=temperature, seed=count, top_k=20 * (count % 2), max_tokens=count, ignore_eos=True)
+        for count in (6, 4, 8, 3, 5)
+    ]
     llm, recorder = lazy(async_scheduling=overlapping)
     found, expected = (
         [output.outputs[0].token_ids for output in engine.generate(PROMPTS, params, use_tqdm=False)]
@@ -187,19 +191,27 @@ def test_greedy_decode_steps_end_at_their_tokens(make, lazy, overlapping):
     )
     assert found == expected
     decodes = [key for key in recorder.used if key.uniform_query_len == 1]
-    assert {key.num_reqs for key in decodes if key.greedy} == {1, 4, 6}
-    assert all(key.greedy for key in decodes)
+    assert {key.num_reqs for key in decodes} == {1, 4, 6}
+    assert {key.ending for key in decodes} == {"drawn" if temperature else "greedy"}
+
+
+def test_greedy_rows_and_drawn_ones_go_together(make, lazy):
+    params = [
+        SamplingParams(temperature=temperature, seed=3, top_p=0.9, max_tokens=count, ignore_eos=True)
+        for temperature, count in ((0.0, 9), (0.7, 4), (0.0, 6), (1.2, 5), (0.9, 3))
+    ]
+    llm, recorder = lazy()
+    found, expected = (
+        [output.outputs[0].token_ids for output in engine.generate(PROMPTS, params, use_tqdm=False)]
+        for engine in (llm, make(device="cpu")[0])
+    )
+    assert found == expected
+    assert {key.ending for key in recorder.used if key.uniform_query_len == 1} == {"drawn", "greedy"}
 
 
 @pytest.mark.parametrize(
     "asks",
-    [
-        {"temperature": 0.5, "seed": 1},
-        {"logprobs": 2},
-        {"prompt_logprobs": 1},
-        {"repetition_penalty": 1.3},
-        {"logit_bias": {3: 1.0}},
-    ],
+    [{"logprobs": 2}, {"prompt_logprobs": 1}, {"repetition_penalty": 1.3}, {"logit_bias": {3: 1.0}}],
 )
 def test_one_row_that_asks_for_more_has_the_whole_step_end_at_hidden_states(make, lazy, asks):
     """As long as it runs: the others go on longer."""
@@ -214,19 +226,16 @@ def test_one_row_that_asks_for_more_has_the_whole_step_end_at_hidden_states(make
         for engine in (llm, make(device="cpu")[0])
     )
     assert found == expected
-    sizes = [(key.num_reqs, key.greedy) for key in recorder.used if key is not None and key.uniform_query_len == 1]
-    assert (6, False) in sizes
-    assert (6, True) not in sizes
-    assert (4, True) in sizes
+    used = {(key.num_reqs, key.ending) for key in recorder.used if key is not None and key.uniform_query_len == 1}
+    assert used == {(6, "hidden"), (4, "greedy")}
 
 
-def test_without_an_argmax_steps_end_at_hidden_states(make, monkeypatch):
+def test_without_a_choice_steps_end_at_hidden_states(make, monkeypatch):
     recorder = LazyRecorder()
     monkeypatch.setattr(LazyDevice, "recorder", recorder, raising=False)
     llm, _ = make(device="lazy", sampler="torch")
     assert tokens(llm) == tokens(make(device="cpu")[0])
-    assert recorder.used
-    assert not any(key.greedy for key in recorder.used if key is not None)
+    assert {key.ending for key in recorder.used if key is not None} == {"hidden"}
 
 
 def test_a_greedy_row_whose_logits_are_not_finite_ends_alone(lazy):
@@ -258,7 +267,7 @@ def test_a_greedy_row_whose_logits_are_not_finite_ends_alone(lazy):
     assert found[0] == expected[0]
     assert found[2] == expected[2]
     assert found[1] == expected[1][: len(found[1])]
-    assert GraphKey(1, 4, 4, greedy=True) in recorder.used
+    assert GraphKey(1, 4, 4, "greedy") in recorder.used
 
 
 def test_a_capture_that_fails_is_told_once_and_the_rest_runs_eagerly(make, caplog):

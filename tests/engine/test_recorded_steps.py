@@ -125,14 +125,14 @@ def test_recorded_steps_give_the_same_bits(checkpoint, replays, monkeypatch, nam
         ("phi3", {"dtype": "float32", "async_scheduling": True}),
     ],
 )
-def test_greedy_steps_are_recorded_to_their_tokens(checkpoint, replays, monkeypatch, name, options):
+@pytest.mark.parametrize("changes", [{"temperature": 0, "logprobs": None}, {"logprobs": None}], ids=["greedy", "mixed"])
+def test_steps_are_recorded_to_their_tokens(checkpoint, replays, monkeypatch, name, options, changes):
     """Without an operation of torch between the kernels, but for families that scale their embedding."""
     if options["dtype"] == "float32":  # as it is stored, so that its rows need not be rounded
         monkeypatch.setattr(basic, "LARGE_TABLE", 1)
     recorded, eager = (LLM(checkpoint(name), device=device, **SMALL | options) for device in ("auto", "cpu"))
-    greedy = {"temperature": 0, "logprobs": None}
-    assert outcome(recorded, **greedy) == outcome(eager, **greedy)
-    assert len({id(recording) for recording in replays}) == 6, "steps of one to six rows"
+    assert outcome(recorded, **changes) == outcome(eager, **changes)
+    assert len({id(recording) for recording in replays}) >= 6, "steps of one to six rows"
     assert len(replays) > 60
     assert all(recording.result.dtype is torch.int32 for recording in replays)
     assert {recording.is_native for recording in replays} == {name != "gemma3"}

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from quire import RequestError, SamplingParams
 from quire.contract.sampling import LogitsProcessor, ProcessorRequest, SamplerInit
 from quire.errors import PluginError
 from quire.sampling.logprobs import logprob_entries, logprob_figures
-from quire.sampling.pipeline import NOT_FINITE, NOTHING_ALLOWED, SamplingPipeline, validate_params
+from quire.sampling.pipeline import NOT_FINITE, NOTHING_ALLOWED, SamplingColumns, SamplingPipeline, validate_params
 from quire.sampling.processors import LogitBias, MinTokens, Penalties, TokenFilter
 from quire.sampling.sampler import TorchSampler
 
@@ -128,24 +129,24 @@ class Asked(TorchSampler):
         self.calls.append(("sample", logits.dtype))
         return super().sample(logits, batch)
 
-    def argmax(self, logits):
-        self.calls.append(("argmax", logits.dtype))
-        return torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1).to(torch.int32)
+    def choose(self, logits, batch):
+        self.calls.append(("choose", logits.dtype))
+        return torch.where(logits.isfinite().all(-1), TorchSampler.sample(self, logits, batch), -1).to(torch.int32)
 
 
 @pytest.mark.parametrize(
     ("others", "call"),
     [
-        ([{}], "argmax"),
-        ([{"repetition_penalty": 1.0}, {"top_k": 3}], "argmax"),
-        ([{"temperature": 1.0}], "sample"),
+        ([{}], "choose"),
+        ([{"repetition_penalty": 1.0}, {"top_k": 3}], "choose"),
+        ([{"temperature": 1.0}], "choose"),
         ([{"logprobs": 0}], "sample"),
         ([{"logit_bias": {3: -1.0}}], "sample"),
         ([{}, {"presence_penalty": 0.5}], "sample"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_argmax_alone_runs_where_nothing_else_looks_at_the_logits(others, call, dtype):
+def test_choose_alone_runs_where_nothing_else_looks_at_the_logits(others, call, dtype):
     sampler = Asked(INIT)
     pipe = SamplingPipeline(sampler, [(kind.__name__, kind(INIT)) for kind in BUILT_IN], INIT)
     for slot, fields in enumerate([{}, *others]):
@@ -154,27 +155,26 @@ def test_argmax_alone_runs_where_nothing_else_looks_at_the_logits(others, call, 
     logits = torch.randn(len(slots), V, generator=torch.Generator().manual_seed(2)).to(dtype)
     logits[:, 7] = 9.0
     assert run(pipe, logits, slots, (2,) * len(slots)).token_ids[0] == 7
-    assert sampler.calls == [(call, dtype if call == "argmax" else torch.float32)]
+    assert sampler.calls == [(call, dtype if call == "choose" else torch.float32)]
     logits[0, 3] = float("nan")
     assert run(pipe, logits, slots, (2,) * len(slots)).errors == [NOT_FINITE] + [None] * len(others)
 
 
 @pytest.mark.parametrize("answer", [7, torch.zeros(1, 1, dtype=torch.int32)])
-def test_a_sampler_whose_argmax_gives_no_token_ids_is_named(answer):
+def test_a_sampler_whose_choose_gives_no_token_ids_is_named(answer):
     class Wrong(TorchSampler):
-        def argmax(self, logits):
+        def choose(self, logits, batch):
             return answer
 
     pipe = SamplingPipeline(Wrong(INIT), [], INIT)
     pipe.add(0, request(SamplingParams(temperature=0)), 0)
-    with pytest.raises(PluginError, match=r"Wrong.argmax returned .*; token ids \[R\] are needed"):
+    with pytest.raises(PluginError, match=r"Wrong.choose returned .*; token ids \[R\] are needed"):
         run(pipe, torch.zeros(1, V))
 
 
 @pytest.mark.parametrize(
     "asks",
     [
-        {"temperature": 0.5},
         {"logprobs": 0},
         {"prompt_logprobs": 0},
         {"logit_bias": {3: 1.0}},
@@ -182,20 +182,41 @@ def test_a_sampler_whose_argmax_gives_no_token_ids_is_named(answer):
         {"bad_token_ids": (4,)},
     ],
 )
-def test_rows_are_plain_where_an_argmax_gives_all_that_they_want(asks):
+def test_the_work_goes_on_to_tokens_where_nobody_else_looks_at_the_logits(asks):
     pipe = SamplingPipeline(Asked(INIT), [(kind.__name__, kind(INIT)) for kind in BUILT_IN], INIT)
     pipe.add(0, request(SamplingParams(temperature=0, top_k=3)), 0)
-    assert not pipe.is_plain(0), "nobody knows yet whether the sampler has one"
+    assert pipe.ending([0]) == "hidden", "nobody knows yet whether the sampler can"
     run(pipe, torch.randn(1, V))
-    assert pipe.is_plain(0)
-    pipe.add(1, request(SamplingParams(**{"temperature": 0, **asks})), 0)
-    assert (pipe.is_plain(0), pipe.is_plain(1)) == (True, False)
-    pipe.remove(1)
-    pipe.add(1, request(SamplingParams(temperature=0)), 0)
-    assert pipe.is_plain(1)
+    assert pipe.ending([0]) == "greedy"
+    pipe.add(1, request(SamplingParams(temperature=0.5)), 0)
+    assert pipe.ending([0, 1]) == "hidden", "nor whether it can draw"
+    run(pipe, torch.randn(2, V), (0, 1), (2, 2))
+    assert (pipe.ending([0, 1]), pipe.ending([1]), pipe.ending([0])) == ("drawn", "drawn", "greedy")
+    pipe.add(2, request(SamplingParams(**{"temperature": 0, **asks})), 0)
+    assert (pipe.ending([0, 1, 2]), pipe.ending([2]), pipe.ending([0])) == ("hidden", "hidden", "greedy")
+    pipe.remove(2)
+    pipe.add(2, request(SamplingParams(temperature=0)), 0)
+    assert pipe.ending([0, 2]) == "greedy"
 
 
-def test_rows_of_a_sampler_without_argmax_and_failed_ones_are_not_plain():
+def test_a_processor_that_leaves_the_largest_alone_watches_drawn_rows():
+    class Invariant(LogitsProcessor):
+        argmax_invariant = True
+
+        def add(self, slot, request):
+            return True
+
+        def apply(self, logits, ctx):
+            pass
+
+    pipe = SamplingPipeline(Asked(INIT), [("invariant", Invariant(INIT))], INIT)
+    for slot, temperature in enumerate((0.0, 1.0)):
+        pipe.add(slot, request(SamplingParams(temperature=temperature)), 0)
+    pipe._chooses |= {"greedy", "drawn"}
+    assert (pipe.ending([0]), pipe.ending([1])) == ("greedy", "hidden")
+
+
+def test_without_choose_and_for_failed_rows_the_work_ends_at_hidden_states():
     class Fails(LogitsProcessor):
         def add(self, slot, request):
             raise RuntimeError("broken")
@@ -206,13 +227,26 @@ def test_rows_of_a_sampler_without_argmax_and_failed_ones_are_not_plain():
     pipe = pipeline()
     pipe.add(0, request(SamplingParams(temperature=0)), 0)
     run(pipe, torch.randn(1, V))
-    assert not pipe.is_plain(0)
+    assert pipe.ending([0]) == "hidden"
     pipe = SamplingPipeline(Asked(INIT), [("fails", Fails(INIT))], INIT)
     pipe.add(0, request(SamplingParams(temperature=0)), 0)
-    pipe.remove(0)
-    pipe.add(0, request(SamplingParams(temperature=0)), 0)
-    pipe._has_argmax = True
-    assert not pipe.is_plain(0)
+    pipe._chooses.add("greedy")
+    assert pipe.ending([0]) == "hidden"
+
+
+def test_columns_that_are_filled_are_those_that_are_made():
+    pipe = pipeline()
+    for slot in range(4):
+        fields = {"temperature": slot / 2, "top_k": slot, "top_p": 1 - slot / 8, "min_p": slot / 9}
+        pipe.add(slot, request(SamplingParams(**fields)), 2**63 + slot)
+    for slots in ([2, 0, 3], [1], [3, 2, 1, 0]):
+        made = pipe.columns(slots, [slot + 7 for slot in slots])
+        kinds = ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
+        room = SamplingColumns(*(np.zeros(4, dtype=getattr(made, kind).dtype) for kind in kinds))
+        pipe.fill(room, slots, [slot + 7 for slot in slots])
+        for kind in kinds:
+            filled, wanted = getattr(room, kind).tolist(), getattr(made, kind).tolist()
+            assert filled == wanted + wanted[:1] * (4 - len(slots))
 
 
 def test_slots_forget_their_requests():

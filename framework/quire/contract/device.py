@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,19 +26,23 @@ class MemoryInfo:
     kv_share: float = 0.5
 
 
+Ending = Literal["hidden", "greedy", "drawn"]
+"""Where a step's work ends, as in `GraphKey`."""
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class GraphKey:
     """What a captured graph is keyed by: padded sizes, and the uniform query length (0: mixed).
 
-    `greedy`: the work ends at the rows' tokens, the largest logits, which it also stores for the next step; else at
-    the hidden states. Runners name sizes alone; to lazy ones, unless their device is asynchronous, the engine gives
-    such work as well, under keys of its own.
+    `ending`: the work ends at the hidden states, or at the rows' tokens, which it also stores for the next step: the
+    largest logits, or those drawn. Runners name sizes alone; to lazy ones, unless their device is asynchronous, the
+    engine gives work with other endings as well, under keys of its own.
     """
 
     uniform_query_len: int
     num_reqs: int
     num_tokens: int
-    greedy: bool = False
+    ending: Ending = "hidden"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ Order of a step, for logits [R, V] of the rows that need a token, widened to flo
  2. processors apply in place: allowed and bad tokens, logit bias, minimum tokens, penalties,
     then those of plugins;
  3. the sampler divides by temperature, truncates (top-k, top-p, min-p), draws.
-If every row is greedy and nothing else looks at the logits, a sampler's `argmax` does it all, if it has one.
+If nothing but the sampler looks at the logits, its `choose` does it all, if it has one.
 """
 
 from __future__ import annotations
@@ -76,15 +76,16 @@ class Sampler(ABC):
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """Token ids int64 [R] from logits float32 [R, V], which may be overwritten."""
 
-    def argmax(self, logits: Tensor) -> Tensor | None:
-        """What `sample` gives to greedy rows, from a sampler that can tell without widening the logits first.
+    def choose(self, logits: Tensor, batch: SamplingBatch) -> Tensor | None:
+        """What `sample` gives, from a sampler that can do without having the logits widened, and copied, first.
 
         Args:
-            logits: [R, V] of a floating dtype, as the model computed them.
+            logits: [R, V] of a floating dtype, as the model computed them; not to be written.
+            batch: as for `sample`.
 
         Returns:
-            int32 [R]: the id of each row's largest logit, the lowest of equals; -1 for a row that has a value which
-            is not finite. None, as by default: `sample` is to be asked.
+            int32 [R]: token ids; -1 for a row that has a value which is not finite. None, as by default: `sample`
+            is to be asked. Whether it is None depends on the dtype and `batch.all_greedy` alone.
         """
         return None
 

@@ -166,7 +166,7 @@ class BatchBuilder:
         count, size, width = len(rows), self._block_size, self._width
         rooms, table = self._decode_rooms(key, count), self._rows.host_block_table
         rooms.query_start_loc[: count + 1] = self._offsets[: count + 1]
-        rooms.sample_rows[:] = self._offsets[:count]
+        rooms.sample_rows[:count] = self._offsets[:count]
         for at, row in enumerate(rows):
             slot, computed = row.slot, row.num_computed_tokens
             index = slot * width + computed
@@ -195,7 +195,7 @@ class BatchBuilder:
             return known
         size = key.num_reqs
         lengths = [self._staging.reserve(length, torch.int32) for length in (size + 1, size)]
-        vectors = [self._staging.reserve(length, torch.int64) for length in (*[size] * 5, count)]
+        vectors = [self._staging.reserve(size, torch.int64) for _ in range(6)]
         query_start_loc, seq_lens = lengths
         positions, token_index, slot_mapping, slots, places, sample_rows = (room.device for room in vectors)
         attention = AttentionBatch(
@@ -213,7 +213,7 @@ class BatchBuilder:
             seq_lens_host=seq_lens.host,
         )
         inputs = StepInputs(
-            self._input_ids[:size], positions, attention, sample_rows, places, token_index, slots, count
+            self._input_ids[:size], positions, attention, sample_rows[:count], places, token_index, slots, count
         )
         rooms = DecodeRooms(inputs, self._staging.used, *(room.array for room in (*lengths, *vectors)))
         self._decodes[place] = rooms

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from quire.contract.attention import AttentionBackend, GraphSupport, KVCaches
-from quire.contract.device import GraphKey, GraphRunner
+from quire.contract.device import Ending, GraphKey, GraphRunner
 from quire.contract.model import CausalLM, StepContext
 from quire.contract.request import ScheduledRow
+from quire.contract.sampling import SamplingBatch
 from quire.engine.batch import BatchBuilder, StepInputs
 from quire.engine.dispatcher import GraphDispatcher
 from quire.engine.preparing import StepSizes
 from quire.engine.rows import RowTable
+from quire.sampling.pipeline import greedy_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +26,18 @@ class ForwardParts:
     """What computes a step.
 
     Attributes:
-        argmax: logits [R, V] -> int32 [R], the largest's id, -1 in a row that is not finite; None if steps end at
+        choose: (logits [R, V], parameters) -> tokens int32 [R], -1 in a row that is not finite; None if steps end at
             hidden states.
     """
 
     model: CausalLM
     backend: AttentionBackend
     graphs: GraphRunner
-    argmax: Callable[[Tensor], Tensor] | None
+    choose: Callable[[Tensor, SamplingBatch], Tensor] | None
 
 
 class ForwardPass:
-    """Runs the model over a step's inputs; decode steps whose rows are all greedy go on to their tokens, if they may.
+    """Runs the model over a step's inputs; decode steps go on to their tokens, if they may.
 
     Args:
         parts: the model and where it runs. support: component -> the graphs that it can run in.
@@ -60,26 +62,27 @@ class ForwardPass:
         self.dispatcher = GraphDispatcher(graphs.keys(), support, sizes.max_num_seqs, sizes.max_num_batched_tokens)
         self.captures_later = graphs.lazy
         decodes = (key for key in self.dispatcher.keys if key.uniform_query_len == 1)
-        self._greedy = {key: replace(key, greedy=True) for key in decodes} if parts.argmax else {}
+        self._endings = {key: _with_endings(key) if parts.choose else {} for key in decodes}
+        self._greedy: dict[int, SamplingBatch] = {}
         self.kv: tuple[KVCaches, ...] = ()
 
-    def pick(self, rows: Sequence[ScheduledRow], *, plain: bool) -> GraphKey | None:
+    def pick(self, rows: Sequence[ScheduledRow], ending: Ending) -> GraphKey | None:
         """The size that a step of these rows is padded to; None: it runs eagerly, as it is.
 
         Args:
-            plain: all rows sample their largest logits, and nothing else looks at these or at the hidden states.
+            ending: how far its work may go.
         """
         lengths = [row.num_new_tokens for row in rows]
         uniform = lengths[0] if min(lengths) == max(lengths) else 0
         key = self.dispatcher.pick(uniform, len(rows), sum(lengths))
-        return self._greedy.get(key, key) if plain and key is not None else key
+        return None if key is None else self._endings.get(key, {}).get(ending, key)
 
     def capture(self, key: GraphKey, padding: StepInputs) -> None:
         """Have the device capture the steps of this size. Raises whatever it fails with."""
         plan = self._parts.backend.plan(padding.attention)
         self._parts.graphs.capture(key, self._work(padding, plan))
-        if (greedy := self._greedy.get(key)) is not None:
-            self._parts.graphs.capture(greedy, self._greedy_work(padding, plan))
+        for longer in self._endings.get(key, {}).values():
+            self._parts.graphs.capture(longer, self._work_to_tokens(padding, plan, self._all_greedy(key.num_reqs)))
 
     def run(self, inputs: StepInputs, key: GraphKey | None, *, needs_all: bool) -> Tensor:
         """Hidden states [T, H] of the step's tokens, padding included.
@@ -91,14 +94,19 @@ class ForwardPass:
         hidden: Tensor = self._parts.graphs.run(key, self._work(inputs, plan, wanted))
         return hidden
 
-    def run_greedily(self, inputs: StepInputs, key: GraphKey) -> Tensor:
-        """int32 [num_reqs], the rows' tokens, which are stored for the next step; -1 where logits are not finite."""
+    def run_to_tokens(self, inputs: StepInputs, key: GraphKey, batch: SamplingBatch | None) -> Tensor:
+        """int32 [num_reqs], the rows' tokens, which are stored for the next step; -1 where logits are not finite.
+
+        Args:
+            batch: the rows' parameters; None: all are greedy.
+        """
         plan = self._parts.backend.plan(inputs.attention)
         tokens: Tensor | None = self._parts.graphs.replay(key)
         if tokens is not None:
             return tokens
         with torch.inference_mode():
-            found: Tensor = self._parts.graphs.run(key, self._greedy_work(inputs, plan))
+            work = self._work_to_tokens(inputs, plan, batch or self._all_greedy(key.num_reqs))
+            found: Tensor = self._parts.graphs.run(key, work)
             return found
 
     def run_eagerly(self, inputs: StepInputs) -> Tensor:
@@ -115,16 +123,29 @@ class ForwardPass:
 
         return work
 
-    def _greedy_work(self, inputs: StepInputs, plan: Any) -> Callable[[], Tensor]:
-        forward, argmax = self._work(inputs, plan), self._parts.argmax
-        assert argmax is not None
+    def _work_to_tokens(self, inputs: StepInputs, plan: Any, batch: SamplingBatch) -> Callable[[], Tensor]:
+        forward, choose = self._work(inputs, plan), self._parts.choose
+        assert choose is not None
 
         def work() -> Tensor:
-            tokens = argmax(self._parts.model.logits(forward()))
+            tokens = choose(self._parts.model.logits(forward()), batch)
             self._table.store(inputs.places, tokens.clamp(min=0))  # the next step reads one, whatever is wrong
             return tokens
 
         return work
+
+    def _all_greedy(self, num_reqs: int) -> SamplingBatch:
+        """Parameters of so many greedy rows."""
+        known = self._greedy.get(num_reqs)
+        if known is None:
+            columns = greedy_columns(num_reqs)
+            device = self._table.token_ids.device
+            known = self._greedy[num_reqs] = columns.batch(lambda array: torch.from_numpy(array).to(device))
+        return known
+
+
+def _with_endings(key: GraphKey) -> dict[Ending, GraphKey]:
+    return {"greedy": replace(key, ending="greedy"), "drawn": replace(key, ending="drawn")}
 
 
 def _sampled(inputs: StepInputs) -> Tensor | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from quire.contract.device import Device, GraphKey
 from quire.contract.request import ScheduledRow
 from quire.contract.sampling import SamplingBatch
@@ -25,6 +27,15 @@ class StepSizes:
     max_num_batched_tokens: int
     max_model_len: int
     block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class DrawRooms:
+    """Where the parameters of steps that end at drawn tokens stand, for one size; their room has an `end`."""
+
+    columns: SamplingColumns
+    batch: SamplingBatch
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +66,18 @@ class StepPreparer:
         self.table = RowTable(sizes.max_num_seqs, sizes.max_model_len, sizes.block_size, torch_device)
         self._pipeline = pipeline
         self._staging = Staging(device, room)
+        self._draws: dict[tuple[int, int], DrawRooms] = {}
         self.builder = BatchBuilder(self.table, self._staging, sizes.max_num_batched_tokens, sizes.block_size)
 
     def prepare(self, rows: Sequence[ScheduledRow], key: GraphKey | None) -> tuple[StepInputs, SampledRows | None]:
         """The inputs of these rows, padded to `key`; the schedule must have been applied to the table.
 
-        No row's parameters are needed where the work itself takes greedy tokens, or where none samples.
+        There are no sampled rows where no row samples, or where the work takes the largest logits itself.
         """
         self._staging.begin()
-        inputs = self.builder.stage(rows, key)
-        greedy = key is not None and key.greedy
-        sampled = None if greedy else self._stage_sampled([row for row in rows if row.samples])
+        inputs, sampled = self.builder.stage(rows, key), None
+        if key is None or key.ending != "greedy":
+            sampled = self._stage_sampled([row for row in rows if row.samples], key)
         deltas = self.table.stage(self._staging)
         self._staging.send()
         self.table.flush(deltas)
@@ -80,9 +92,29 @@ class StepPreparer:
         self.builder.load(inputs)
         return inputs
 
-    def _stage_sampled(self, rows: Sequence[ScheduledRow]) -> SampledRows | None:
+    def _stage_sampled(self, rows: Sequence[ScheduledRow], key: GraphKey | None) -> SampledRows | None:
         if not rows:
             return None
         slots = [row.slot for row in rows]
         lengths = [row.num_computed_tokens + row.num_new_tokens for row in rows]
-        return SampledRows(slots, lengths, self._pipeline.columns(slots, lengths).batch(self._staging.put))
+        if key is None or key.ending == "hidden":
+            return SampledRows(slots, lengths, self._pipeline.columns(slots, lengths).batch(self._staging.put))
+        rooms = self._draw_rooms(key.num_reqs)
+        self._pipeline.fill(rooms.columns, slots, lengths)
+        return SampledRows(slots, lengths, rooms.batch)
+
+    def _draw_rooms(self, size: int) -> DrawRooms:
+        """At the same addresses each time, for nothing but the inputs of such a step stands before them."""
+        place = (self._staging.turn, size)
+        known = self._draws.get(place)
+        if known is not None:
+            self._staging.take(known.end)
+            return known
+        dtypes = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64, torch.int64)
+        vectors = [self._staging.reserve(size, dtype) for dtype in dtypes]
+        columns = SamplingColumns(*(room.array for room in vectors))
+        temperature, top_k, top_p, min_p, seeds, positions = (room.device for room in vectors)
+        # Flags that hold for all rows that may come.
+        batch = SamplingBatch(temperature, top_k, top_p, min_p, seeds, positions, False, True, True, True)
+        rooms = self._draws[place] = DrawRooms(columns, batch, self._staging.used)
+        return rooms

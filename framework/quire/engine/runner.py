@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quire.contract.attention import AttentionBackend, GraphSupport, KVCaches
-from quire.contract.device import Device, GraphKey
+from quire.contract.device import Device, Ending, GraphKey
 from quire.contract.kv import BlockCopy
 from quire.contract.model import CausalLM
 from quire.contract.request import NewRow, RowResult, Schedule, ScheduledRow, StepResult
@@ -28,7 +28,7 @@ from quire.engine.isolate import isolate
 from quire.engine.launched import Launched, Running, Times
 from quire.engine.preparing import SampledRows, StepPreparer, StepSizes
 from quire.engine.prompts import PromptFigures, any_prompt_figures, prompt_entries, prompt_figures
-from quire.sampling.pipeline import SamplingPipeline, SamplingResult, greedy_result
+from quire.sampling.pipeline import SamplingPipeline, SamplingResult, chosen_result
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ class Runner:
         self._rows = self._preparer.table
         graphs = parts.device.graph_runner()
         # A graph's result is overwritten by the next step, which an asynchronous device begins before it is read.
-        argmax = parts.pipeline.argmax if graphs.lazy and not parts.device.runs_async else None
-        forward = ForwardParts(parts.model, parts.backend, graphs, argmax)
+        choose = parts.pipeline.choose if graphs.lazy and not parts.device.runs_async else None
+        forward = ForwardParts(parts.model, parts.backend, graphs, choose)
         self._forward = ForwardPass(forward, parts.graph_support, parts.sizes, self._preparer.builder, self._rows)
         self._flying: list[Launched] = []
 
@@ -173,14 +173,15 @@ class Runner:
         self._parts.pipeline.add(row.slot, _processor_request(new, known), new.seed)
 
     def _launch_rows(self, rows: Sequence[ScheduledRow], times: Times) -> Running:
-        is_plain = self._parts.pipeline.is_plain
-        key = self._forward.pick(rows, plain=all(row.samples and is_plain(row.slot) for row in rows))
+        all_sample = all(row.samples for row in rows)
+        ending: Ending = self._parts.pipeline.ending([row.slot for row in rows]) if all_sample else "hidden"
+        key = self._forward.pick(rows, ending)
         inputs, sampling = self._preparer.prepare(rows, key)
         times.build += times.lap()
-        if key is not None and key.greedy:
-            tokens = self._forward.run_greedily(inputs, key)
+        if key is not None and key.ending != "hidden":
+            tokens = self._forward.run_to_tokens(inputs, key, sampling.batch if sampling is not None else None)
             times.forward += times.lap()
-            return self._running(rows, greedy_result(tokens, len(rows)), {}, times)
+            return self._running(rows, chosen_result(tokens, len(rows)), {}, times)
         return self._launch_others(rows, inputs, sampling, key, times)
 
     @torch.inference_mode()

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.contract.device import Ending
 from quire.contract.request import TokenLogprobs
 from quire.contract.sampling import (
     LogitsProcessor,
@@ -115,6 +116,12 @@ class SamplingColumns:
         )
 
 
+def greedy_columns(num_rows: int) -> SamplingColumns:
+    """Of rows that are all greedy."""
+    none, off = np.zeros(num_rows, dtype=np.float32), np.zeros(num_rows, dtype=np.int64)
+    return SamplingColumns(none, off.astype(np.int32), np.ones(num_rows, dtype=np.float32), none, off, off)
+
+
 class SamplingPipeline:
     """Holds each slot's parameters, runs the processors that are active, then the sampler.
 
@@ -130,14 +137,15 @@ class SamplingPipeline:
         self._device = init.device
         self._active: list[set[int]] = [set() for _ in processors]
         self._failed: dict[int, str] = {}
-        self._has_argmax = False
-        self._more_than_argmax: set[int] = set()  # slots whose rows need the logits for something else
+        self._chooses: set[Ending] = set()  # endings for which the sampler chooses
+        self._watched: set[int] = set()  # slots whose logits others than the sampler look at
         count = init.max_num_reqs
         self._temperature = np.zeros(count, dtype=np.float32)
         self._top_k = np.zeros(count, dtype=np.int32)
         self._top_p = np.ones(count, dtype=np.float32)
         self._min_p = np.zeros(count, dtype=np.float32)
         self._seeds = np.zeros(count, dtype=np.uint64)
+        self._signed_seeds = self._seeds.view(np.int64)
         self._num_logprobs: dict[int, int] = {}
         self._host_tokens: dict[int, list[int]] = {}
 
@@ -149,16 +157,16 @@ class SamplingPipeline:
         self._top_p[slot] = params.top_p
         self._min_p[slot] = params.min_p
         self._seeds[slot] = seed
-        if params.temperature > 0 or params.logprobs is not None or params.prompt_logprobs is not None:
-            self._more_than_argmax.add(slot)
+        if params.logprobs is not None or params.prompt_logprobs is not None:
+            self._watched.add(slot)
         if params.logprobs is not None:
             self._num_logprobs[slot] = params.logprobs
         for (name, processor), active in zip(self._processors, self._active, strict=True):
             try:
                 if processor.add(slot, request):
                     active.add(slot)
-                    if not processor.argmax_invariant:
-                        self._more_than_argmax.add(slot)
+                    if params.temperature > 0 or not processor.argmax_invariant:
+                        self._watched.add(slot)
                     if processor.needs_host_tokens(params):
                         self._host_tokens[slot] = list(request.token_ids)
             except Exception as error:
@@ -168,7 +176,7 @@ class SamplingPipeline:
         """The slot is free again."""
         self._num_logprobs.pop(slot, None)
         self._failed.pop(slot, None)
-        self._more_than_argmax.discard(slot)
+        self._watched.discard(slot)
         self._host_tokens.pop(slot, None)
         for (name, processor), active in zip(self._processors, self._active, strict=True):
             if slot in active:
@@ -186,16 +194,28 @@ class SamplingPipeline:
             if slot in self._host_tokens:
                 self._host_tokens[slot].append(token)
 
-    def is_plain(self, slot: int) -> bool:
-        """Whether `argmax` gives all that the slot's request wants of a step that samples.
+    def ending(self, slots: Sequence[int]) -> Ending:
+        """How far the work of a step in which these slots' rows sample can go, as in `GraphKey`.
 
-        False until the sampler has shown that it has one.
+        To the hidden states alone until the sampler has shown that it chooses from the model's logits.
         """
-        return self._has_argmax and slot not in self._more_than_argmax
+        if not self._chooses or not self._watched.isdisjoint(slots):
+            return "hidden"
+        ending = _ending(all_greedy=not any(self._temperature[slot] > 0 for slot in slots))
+        return ending if ending in self._chooses else "hidden"
 
-    def argmax(self, logits: Tensor) -> Tensor:
-        """int32 [R]: the tokens of rows that are all plain, -1 where logits [R, V] are not finite."""
-        return self._chosen(self._sampler.argmax(logits), "argmax", logits)
+    def choose(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        """int32 [R]: tokens of rows that nobody watches, -1 where logits [R, V] are not finite."""
+        return self._chosen(self._sampler.choose(logits, batch), "choose", logits)
+
+    def fill(self, columns: SamplingColumns, slots: list[int], num_tokens: list[int]) -> None:
+        """As `columns`, of few rows, into arrays that are there; rows of padding are like the first."""
+        padding = len(columns.positions) - len(slots)
+        rows = zip([*slots, *slots[:1] * padding], [*num_tokens, *num_tokens[:1] * padding], strict=True)
+        for at, (slot, position) in enumerate(rows):
+            columns.temperature[at], columns.top_k[at] = self._temperature[slot], self._top_k[slot]
+            columns.top_p[at], columns.min_p[at] = self._top_p[slot], self._min_p[slot]
+            columns.seeds[at], columns.positions[at] = self._signed_seeds[slot], position
 
     def columns(self, slots: Sequence[int], num_tokens: Sequence[int]) -> SamplingColumns:
         """The sampler's parameters for these rows; `num_tokens` are the positions of the tokens to be sampled."""
@@ -205,7 +225,7 @@ class SamplingPipeline:
             top_k=self._top_k[index],
             top_p=self._top_p[index],
             min_p=self._min_p[index],
-            seeds=self._seeds[index].view(np.int64),
+            seeds=self._signed_seeds[index],
             positions=np.asarray(num_tokens, dtype=np.int64),
         )
 
@@ -223,9 +243,9 @@ class SamplingPipeline:
         """
         wanted = tuple(row for row, slot in enumerate(slots) if slot in self._num_logprobs)
         turns = self._turns(slots)
-        if batch.all_greedy and not wanted and not turns and (tokens := self._sampler.argmax(logits)) is not None:
-            self._has_argmax = True
-            return self._result(self._chosen(tokens, "argmax", logits), logits, slots)
+        if not wanted and not turns and (tokens := self._sampler.choose(logits, batch)) is not None:
+            self._chooses.add(_ending(all_greedy=batch.all_greedy))
+            return self._result(self._chosen(tokens, "choose", logits), logits, slots)
         logits = logits.float()
         finite = all_finite(logits)
         chosen = self._index(wanted) if wanted else None
@@ -302,12 +322,16 @@ class SamplingPipeline:
         """A processor that raises fails the requests that it was asked for, and no others."""
         logger.warning("logits processor %r failed", name, exc_info=error)
         for slot in slots:
-            self._more_than_argmax.add(slot)
+            self._watched.add(slot)
             self._failed[slot] = f"logits processor {name!r} failed: {type(error).__name__}: {error}"
 
 
-def greedy_result(tokens: Tensor, count: int) -> SamplingResult:
-    """The first `count` of what `SamplingPipeline.argmax` gave, whose tokens have been stored already."""
+def _ending(*, all_greedy: bool) -> Ending:
+    return "greedy" if all_greedy else "drawn"
+
+
+def chosen_result(tokens: Tensor, count: int) -> SamplingResult:
+    """The first `count` of what `SamplingPipeline.choose` gave, whose tokens have been stored already."""
     outcome = tokens if len(tokens) == count else tokens[:count]
     return SamplingResult(outcome, outcome, None, (), (), (None,) * count)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -128,12 +128,10 @@ class SamplerConformance:
         assert self.sample(sampler_class, logits, [greedy, greedy, RowParams(temperature=1.0)])[:2] == [1, 0]
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_argmax_takes_the_largest_of_rows_that_are_finite(
-        self, sampler_class: type[Sampler], dtype: torch.dtype
-    ) -> None:
-        """Of logits of any dtype `argmax` takes the lowest id of the largest, and says which rows are not finite.
+    def test_greedy_rows_are_chosen_from_any_dtype(self, sampler_class: type[Sampler], dtype: torch.dtype) -> None:
+        """Of logits of any dtype `choose` takes the lowest id of the largest, and says which rows are not finite.
 
-        If it fails: leave `argmax` as it is, or look at every element, the last ones of a row too.
+        If it fails: leave `choose` as it is, or look at every element, the last ones of a row too.
         """
         sampler = self.make(sampler_class, 70_001)
         far = torch.finfo(dtype).max
@@ -147,11 +145,39 @@ class SamplerConformance:
             for row, (column, value) in spoilt.items():
                 logits[row, column] = float(value)
             expected = [-1 if row in spoilt else 1000 * row + 7 for row in range(rows - 1)] + [70_000]
-            found = sampler.argmax(logits.to(self.device, dtype))
+            batch = sampling_batch([RowParams(temperature=0.0)] * rows, self.device)
+            found = sampler.choose(logits.to(self.device, dtype), batch)
             if found is None:
                 pytest.skip("`sample` is to be asked")
             assert found.dtype == torch.int32
             assert found.tolist() == expected
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_what_is_chosen_is_what_is_sampled(self, sampler_class: type[Sampler], dtype: torch.dtype) -> None:
+        """`choose` gives the tokens that `sample` gives of the same logits in float32, and leaves the logits alone.
+
+        If it fails: widen the logits to float32 before anything is computed from them, and look for what is not finite.
+        """
+        vocab = 3000
+        sampler, generator = self.make(sampler_class, vocab), torch.Generator().manual_seed(3)
+        logits = (torch.randn(self.num_rows, vocab, generator=generator) * 2).to(dtype)
+        rows = [
+            RowParams((0.7, 0.0, 1.3)[i % 3], (0, 20)[i % 2], (1.0, 0.9)[i // 2 % 2], (0.0, 0.02)[i // 4 % 2], i, 7 * i)
+            for i in range(self.num_rows)
+        ]
+        expected = self.sample(sampler_class, logits.float(), rows)
+        for row, (column, value) in {1: (vocab - 1, "nan"), 3: (0, "inf"), 6: (1500, "-inf")}.items():
+            logits[row, column], expected[row] = float(value), -1
+        before = logits.to(self.device)
+        given = before.clone()
+        # The flags say what may be: an engine may set those of truncation for all steps.
+        for batch in (sampling_batch(rows, self.device), replace(sampling_batch(rows, self.device), any_top_k=True)):
+            found = sampler.choose(given, batch)
+            if found is None:
+                pytest.skip("`sample` is to be asked")
+            assert found.dtype == torch.int32
+            assert found.tolist() == expected
+            assert torch.equal(given.nan_to_num(7.0), before.nan_to_num(7.0))
 
     def test_a_row_does_not_depend_on_the_batch(self, sampler_class: type[Sampler]) -> None:
         """The same row gives the same token alone, in any batch and at any place.

@@ -34,7 +34,8 @@ SIGNATURES: Mapping[str, str] = MappingProxyType(
         "codes_weight": "ppp",
         "codes_linear": "ppppipi",
         "codes_linear_a8": "ppppipi",
-        "sample": "pppp",
+        "sample": "ppiiippppppp",
+        "choose": "ppiiippppppp",
         "argmax": "ppipii",
         "gather": "ppiipipp",
         "scatter": "ppiipipp",
@@ -76,15 +77,6 @@ class CodesFields(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros")),
         *((name, ctypes.c_int64) for name in ("outputs", "inputs", "bits", "group", "half_scales")),
         ("middle", ctypes.c_float),
-    )
-
-
-class SamplingFields(ctypes.Structure):
-    """`Sampling` of sampler.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("temperature", "top_p", "min_p", "top_k", "seeds", "positions")),
-        *((name, ctypes.c_int64) for name in ("rows", "vocab", "stride")),
     )
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from quire.plugin import Sampler, SamplerInit, SamplingBatch
 from torch import Tensor
 
-from quire_cpu_native.native import SUFFIXES, SamplingFields, native, row_major
+from quire_cpu_native.native import SUFFIXES, Kernel, native, row_major
 
 
 class NativeSampler(Sampler):
@@ -17,31 +15,29 @@ class NativeSampler(Sampler):
     def __init__(self, init: SamplerInit) -> None:
         super().__init__(init)
         kernels = native(torch.get_num_threads())
-        self._run = kernels.function("sample")
+        self._sample = kernels.function("sample")
+        self._choose = {dtype: kernels.function("choose", dtype) for dtype in SUFFIXES}
         self._argmax = {dtype: kernels.function("argmax", dtype) for dtype in SUFFIXES}
 
-    def argmax(self, logits: Tensor) -> Tensor | None:
-        run = self._argmax.get(logits.dtype)
-        if run is None:
-            return super().argmax(logits)
+    def choose(self, logits: Tensor, batch: SamplingBatch) -> Tensor | None:
+        if logits.dtype not in SUFFIXES:
+            return super().choose(logits, batch)
         logits = row_major(logits)
-        rows, vocab = logits.shape
-        tokens = torch.empty(rows, dtype=torch.int32)
-        run(logits.data_ptr(), logits.stride(0), tokens.data_ptr(), rows, vocab)
+        tokens = torch.empty(logits.shape[0], dtype=torch.int32)
+        if batch.all_greedy:
+            self._argmax[logits.dtype](logits.data_ptr(), logits.stride(0), tokens.data_ptr(), *logits.shape)
+        else:
+            _draw(self._choose[logits.dtype], logits, batch, tokens)
         return tokens
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
-        logits = row_major(logits)
         tokens = torch.empty(logits.shape[0], dtype=torch.int64)
-        columns = {
-            name: getattr(batch, name).contiguous()
-            for name in ("temperature", "top_p", "min_p", "top_k", "seeds", "positions")
-        }
-        fields = SamplingFields(
-            **{name: column.data_ptr() for name, column in columns.items()},
-            rows=logits.shape[0],
-            vocab=logits.shape[1],
-            stride=logits.stride(0),
-        )
-        self._run(ctypes.addressof(fields), logits.data_ptr(), tokens.data_ptr())
+        _draw(self._sample, row_major(logits), batch, tokens)
         return tokens
+
+
+def _draw(kernel: Kernel, logits: Tensor, batch: SamplingBatch, tokens: Tensor) -> None:
+    columns = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seeds, batch.positions)
+    whole = [column.contiguous() for column in columns]
+    places = (column.data_ptr() for column in whole)
+    kernel(logits.data_ptr(), logits.stride(0), *logits.shape, *places, tokens.data_ptr())

@@ -11,16 +11,17 @@
 
 #include "pool.h"
 #include "recorded.h"
+#include "simd.h"
 
 namespace quire {
 namespace {
 
-// Fields as in `native.py`: per row.
+// Per row.
 struct Sampling {
     const float *temperature, *top_p, *min_p;
     const int32_t* top_k;
     const int64_t *seeds, *positions;
-    int64_t rows, vocab, stride;  // of logits
+    int64_t vocab;
 };
 
 // e^x for x <= 0 to about one unit in the last place, 0 below e^-708. Taylor to x^13 in |x| <= ln 2 / 2. Without a
@@ -111,8 +112,9 @@ struct Candidates {
     int32_t* ids;
     int64_t count = 0;
 
-    Candidates(Scratch& scratch, int64_t vocab) {
-        weights = (double*)scratch.floats(5 * vocab);
+    static constexpr int64_t FLOATS = 5;  // of memory, for each of the vocabulary
+    Candidates(float* memory, int64_t vocab) {
+        weights = (double*)memory;
         spare = weights + vocab, ids = (int32_t*)(spare + vocab);
     }
 
@@ -186,16 +188,29 @@ void gather(const float* logits, int64_t vocab, double temperature, float top, i
     }
 }
 
-int64_t sample_row(const Sampling& s, const float* logits, int64_t row, Scratch& scratch) {
+// Memory for `Candidates`.
+int64_t sample_row(const Sampling& s, const float* logits, int64_t row, float* memory) {
     float top;
     if (!largest_of(logits, s.vocab, top)) return 0;  // the engine fails the row
     double temperature = s.temperature[row];
     if (!(temperature > 0.0)) return std::find(logits, logits + s.vocab, top) - logits;
-    Candidates found(scratch, s.vocab);
+    Candidates found(memory, s.vocab);
     gather(logits, s.vocab, temperature, top, s.top_k[row], found);
     if (s.top_p[row] < 1.0f) found.keep_from(found.mass_threshold(s.top_p[row]));
     if (s.min_p[row] > 0.0f) found.keep_from(s.min_p[row]);
     return found.draw(uniform((uint64_t)s.seeds[row], (uint64_t)s.positions[row]));
+}
+
+template <class T>
+int32_t choose_row(const Sampling& s, const T* logits, int64_t row, Scratch& scratch) {
+    float* memory = scratch.floats((Candidates::FLOATS + 1) * s.vocab + 1);
+    float* wide = memory + Candidates::FLOATS * s.vocab;
+    float odd = 0.0f;
+    for (int64_t i = 0; i < s.vocab; i++) {
+        wide[i] = to_float(logits[i]);
+        odd = wide[i] - wide[i] == 0.0f ? odd : 1.0f;
+    }
+    return odd == 0.0f ? (int32_t)sample_row(s, wide, row, memory) : -1;
 }
 
 }  // namespace
@@ -204,11 +219,30 @@ int64_t sample_row(const Sampling& s, const float* logits, int64_t row, Scratch&
 using namespace quire;
 
 // logits [rows][stride] -> tokens [rows]
-extern "C" void quire_sample(Pool* pool, const void* fields, const float* logits, int64_t* tokens) {
+extern "C" void quire_sample(Pool* pool, const float* logits, int64_t stride, int64_t rows, int64_t vocab,
+                             const float* temperature, const int32_t* top_k, const float* top_p, const float* min_p,
+                             const int64_t* seeds, const int64_t* positions, int64_t* tokens) {
     std::lock_guard<std::mutex> hold(pool->lock());
-    const Sampling& s = *(const Sampling*)fields;
-    pool->run(s.rows, [&, logits, tokens](int64_t row, Scratch& scratch) {
-        tokens[row] = sample_row(s, logits + row * s.stride, row, scratch);
+    Sampling s{temperature, top_p, min_p, top_k, seeds, positions, vocab};
+    pool->run(rows, [&, logits, stride, tokens](int64_t row, Scratch& scratch) {
+        tokens[row] = sample_row(s, logits + row * stride, row, scratch.floats(Candidates::FLOATS * vocab));
     });
 }
 QUIRE_RECORDED(quire_sample)
+
+// The same of logits that the model has left as they are; -1 for a row that is not finite.
+#define QUIRE_CHOOSE(T, NAME)                                                                                       \
+    extern "C" void quire_choose_##NAME(Pool* pool, const T* logits, int64_t stride, int64_t rows, int64_t vocab,     \
+                                        const float* temperature, const int32_t* top_k, const float* top_p,         \
+                                        const float* min_p, const int64_t* seeds, const int64_t* positions,         \
+                                        int32_t* tokens) {                                                          \
+        std::lock_guard<std::mutex> hold(pool->lock());                                                             \
+        Sampling s{temperature, top_p, min_p, top_k, seeds, positions, vocab};                                      \
+        pool->run(rows, [&, logits, stride, tokens](int64_t row, Scratch& scratch) {                                \
+            tokens[row] = choose_row(s, logits + row * stride, row, scratch);                                       \
+        });                                                                                                         \
+    }                                                                                                               \
+    QUIRE_RECORDED(quire_choose_##NAME)
+
+QUIRE_CHOOSE(float, f32)
+QUIRE_CHOOSE(bf16, bf16)
