@@ -167,6 +167,13 @@ MUTANTS = (
         NATIVE_SAMPLER,
     ),
     Mutant(
+        "native: a token is chosen from what is not finite",
+        f"{CSRC}/sampler.cpp",
+        "return odd == 0.0f ?",
+        "return odd <= 1.0f ?",
+        NATIVE_SAMPLER,
+    ),
+    Mutant(
         "native: a bucket of weights too many",
         f"{CSRC}/sampler.cpp",
         "sum + held[reached] < goal",

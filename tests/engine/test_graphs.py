@@ -131,8 +131,8 @@ def make(checkpoint, tmp_path, monkeypatch):
     plugin.write_text(PLUGIN.replace("MODULE", __name__))
     host = build_host(HostOptions(files=(plugin,)))
 
-    def build(name="llama", refuse=(), **options):
-        recorder = Recorder(refuse)
+    def build(name="llama", refuse=(), runner=Recorder, **options):
+        recorder = runner(refuse)
         monkeypatch.setattr(GraphedDevice, "recorder", recorder, raising=False)
         common = {"device": "graphed", "attention_backend": "shaped", "dtype": "float32", "num_kv_blocks": 60}
         common["ops"] = {"default": "torch"}  # which can all run inside a graph, but for experts
@@ -228,6 +228,18 @@ def test_one_row_that_asks_for_more_has_the_whole_step_end_at_hidden_states(make
     assert found == expected
     used = {(key.num_reqs, key.ending) for key in recorder.used if key is not None and key.uniform_query_len == 1}
     assert used == {(6, "hidden"), (4, "greedy")}
+
+
+def test_results_that_an_asynchronous_device_would_overwrite_are_not_asked_for(make):
+    """It begins the next step, which writes them anew, before they are read."""
+    params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in (6, 4, 8, 3, 5)]
+    llm, recorder = make(runner=LazyRecorder, sampler="chooses")
+    found, expected = (
+        [output.outputs[0].token_ids for output in engine.generate(PROMPTS, params, use_tqdm=False)]
+        for engine in (llm, make(device="cpu")[0])
+    )
+    assert found == expected
+    assert {key.ending for key in recorder.used if key is not None} == {"hidden"}
 
 
 def test_without_a_choice_steps_end_at_hidden_states(make, monkeypatch):
