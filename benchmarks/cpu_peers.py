@@ -5,6 +5,9 @@
 Each peer lives in a virtual environment of its own under --cache, made by pip when it is missing (llama.cpp is built
 from source, which takes a while), and each measurement runs in a process of its own, the peers in turn. A busy machine
 is refused: what counts are ratios taken in one quiet run. Table, JSON and plot go to --results.
+
+With --windows the peers are loaded side by side and decode a few steps each in turn, so that a machine whose memory
+changes its speed changes it for all of them.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
+import itertools
 import json
 import shlex
 import subprocess
@@ -21,8 +25,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cpu_peers import machine, models, report
+from cpu_peers.beside import Beside, Turn, in_turn, table
 from cpu_peers.environments import SOURCES, default_cache, interpreter, surroundings
 from cpu_peers.protocol import PRECISIONS, Answer, Request, Unavailable, ask, joined
+from cpu_peers.turns import WARM_UP
 from cpu_peers.workload import ALL_POINTS, QUICK_POINTS, Point, parts
 
 PEERS = ("quire", "quire_a16", "llama_cpp", "openvino", "transformers")
@@ -40,6 +46,8 @@ class Plan:
     rounds: int
     threads: int
     cache: Path
+    windows: int = 0
+    steps: int = 8
 
 
 def words(text: str, allowed: Sequence[str]) -> list[str]:
@@ -69,6 +77,8 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, help="processes per peer and precision, of which medians are taken; 3, or 2 if quick")
     add("--threads", type=int, default=machine.cores(), help="that each peer computes with; all cores")
     add("--quick", action="store_true", help="one model, batch 1 and 8 at 64 tokens of context, prefill 512")
+    add("--windows", type=int, default=0, help="of decode points, in which peers that are all loaded take turns")
+    add("--steps", type=int, default=8, help="of such a window")
     add("--force", action="store_true", help="measure on a busy machine; the report says so")
     add("--prepare-only", action="store_true", help="make environments and models, and measure nothing")
     add("--cache", type=Path, default=default_cache(), help="folder of environments and models: %(default)s")
@@ -87,6 +97,8 @@ def plan_of(options: argparse.Namespace) -> Plan:
         rounds=options.rounds or (2 if options.quick else 3),
         threads=options.threads,
         cache=options.cache.absolute(),
+        windows=options.windows,
+        steps=options.steps,
     )
 
 
@@ -135,6 +147,34 @@ def worker(
     folder.mkdir(parents=True, exist_ok=True)
     request = Request(action, str(checkpoint(model, plan.cache)), str(folder), precision, points, plan.threads, seed)
     return ask([python, "-m", "cpu_peers.worker", peer], request, surroundings(plan.threads), SOURCES)
+
+
+def side_by_side(plan: Plan, pythons: dict[str, str], missing: dict[tuple[str, str, str], str]) -> list[Beside]:
+    """All decode points, with the peers in turn within each."""
+    found = []
+    for model, precision, text in itertools.product(plan.models, plan.precisions, plan.points):
+        point, title = Point.parse(text), f"{model}, {precision}"
+        if point.kind != "decode":
+            continue
+        tokens = (plan.windows + 1) * plan.steps + WARM_UP + 2
+        room = str(Point("decode", point.batch, point.context + tokens))
+        turns: dict[str, Turn] = {}
+        try:
+            for peer in plan.peers:
+                if reason := missing.get((peer, model, precision)):
+                    raise SystemExit(f"{peer} has no {title}: {reason}")
+                folder = plan.cache / "models" / model / peer
+                request = Request(
+                    "measure", str(checkpoint(model, plan.cache)), str(folder), precision, (text, room), plan.threads
+                )
+                command = [pythons[peer], "-m", "cpu_peers.turns", peer]
+                turns[peer] = Turn(command, request, surroundings(plan.threads), SOURCES)
+            found.append(Beside(title, text, in_turn(turns, plan.windows, plan.steps)))
+            say(f"  {title}, {text}: {', '.join(f'{peer} {r[-1]:.1f}' for peer, r in found[-1].rates.items())}")
+        finally:
+            for turn in turns.values():
+                turn.close()
+    return found
 
 
 def limits(threads: int) -> dict[str, float]:
@@ -205,12 +245,25 @@ def write(plan: Plan, folder: Path, run: dict[str, object], groups: list[report.
     say(f"no plot: {reason}" if reason else f"wrote {stem.name}.md, .json and .png")
 
 
+def write_beside(folder: Path, run: dict[str, object], found: list[Beside]) -> None:
+    """Write table and JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"{run['date']}-cpu-peers-{run['threads']}-threads-in-turn"
+    data = {"run": run, "windows": [asdict(each) for each in found]}
+    stem.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n")
+    text = report.markdown(run, []) + table(found) + "\n"
+    stem.with_suffix(".md").write_text(text)
+    print(text)
+
+
 def command_of(plan: Plan, forced: bool) -> str:
     """The command that measures the same, without this machine's folders."""
     parts = ["python", "benchmarks/cpu_peers.py"]
     for name in ("models", "peers", "precisions", "points"):
         parts += [f"--{name}", ",".join(getattr(plan, name))]
-    parts += ["--rounds", str(plan.rounds), "--threads", str(plan.threads)]
+    counts = ("windows", "steps", "threads") if plan.windows else ("rounds", "threads")
+    for name in counts:
+        parts += [f"--{name}", str(getattr(plan, name))]
     return shlex.join(parts + ["--force"] * forced)
 
 
@@ -225,21 +278,30 @@ def main() -> None:
     busy = quiet.reasons(machine.cores())
     if busy and not options.force:
         raise SystemExit(f"this machine is busy: {'; '.join(busy)}. Wait, or add --force; the report will say so.")
-    groups, found = measure(plan, pythons, missing)
+    beside, groups = [], []
+    if plan.windows:
+        found = [limits(plan.threads)]
+        beside = side_by_side(plan, pythons, missing)
+    else:
+        groups, found = measure(plan, pythons, missing)
     after = machine.look(machine.cores())
     run = {
         "date": datetime.date.today().isoformat(),
         "command": command_of(plan, options.force),
         "machine": {"processor": machine.processor(), "cores": machine.cores()},
         "threads": plan.threads,
-        "rounds": plan.rounds,
+        "rounds": plan.windows or plan.rounds,
+        "of": f"windows of {plan.steps} steps, with quartiles of their ratios" if plan.windows else "rounds",
         "forced": options.force,
         "busy": busy,
         "before": asdict(quiet),
         "after": asdict(after),
         "limits": found,
     }
-    write(plan, options.results, run, groups)
+    if beside:
+        write_beside(options.results, run, beside)
+    else:
+        write(plan, options.results, run, groups)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def markdown(run: Mapping[str, Any], groups: Iterable[Group]) -> str:
         f"`{run['command']}`",
         "",
         f"{machine['processor']}, {machine['cores']} logical cores, {run['threads']} threads; "
-        f"medians of {run['rounds']} rounds, the peers in turn.",
+        f"medians of {run['rounds']} {run.get('of', 'rounds')}, the peers in turn.",
         f"Beside them, by torch: {', '.join(limits)}.",
     ]
     if run["busy"]:
