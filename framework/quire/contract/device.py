@@ -102,7 +102,10 @@ class HostCopy:
         self._tensors = tuple(tensors)
 
     def wait(self) -> tuple[Tensor, ...]:
-        """The tensors on the CPU, once they have arrived. Raises what the device's work failed with."""
+        """The tensors on the CPU, once they have arrived. Raises what the device's work failed with.
+
+        Where the host computes they may be what was copied itself, to be read before the next step.
+        """
         return self._tensors
 
 

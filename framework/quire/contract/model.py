@@ -84,7 +84,9 @@ class ModelInit:
         checkpoint: folder of the checkpoint, for models that read more than tensors.
         stored_rows: for a stored matrix [N, M], by its checkpoint name: a function from indices int64 [T] on the
             host to its rows [T, M] in the stored dtype, read from the file at each call; None where it cannot be
-            read so. For tables that are too large to be kept for a few rows per step.
+            read so. For tables that are too large to be kept for a few rows per step. Each call is one of the
+            operation `quire::stored_rows(ids, file, offset, columns, dtype, path)`, which a device that records
+            steps may carry out in its own way.
     """
 
     config: Any
