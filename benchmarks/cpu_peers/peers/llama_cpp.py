@@ -1,6 +1,6 @@
 """llama.cpp, built from source by llama-cpp-python for this machine, and driven through `llama_decode`.
 
-Its own server is not part of that package: for the served workload the loop below batches continuously as the server
+Its own server is not built by that package: for the served workload the loop below batches continuously as the server
 does, rows of running requests first, prompts in the room that is left.
 """
 
