@@ -12,6 +12,7 @@ from quire.contract.attention import AttentionBackend, AttentionCaps, GraphSuppo
 from quire.contract.device import GraphKey, GraphRunner, MemoryInfo
 from quire.contract.host_device import HostDevice
 from quire.contract.sampling import all_finite
+from quire.engine import batch, staging
 from quire.registry import HostOptions, build_host
 from quire.sampling.sampler import TorchSampler
 from quire.testing.delayed import DelayedDevice
@@ -178,8 +179,11 @@ def lazy(make, monkeypatch):
 
 @pytest.mark.parametrize("overlapping", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_decode_steps_end_at_their_tokens(make, lazy, overlapping, temperature):
-    """Padded ones too: steps of three and five rows are computed as four and six."""
+@pytest.mark.parametrize("few", [64, 0])
+def test_decode_steps_end_at_their_tokens(make, lazy, monkeypatch, overlapping, temperature, few):
+    """Padded ones too: steps of three and five rows are computed as four and six. Many are staged as any others are."""
+    monkeypatch.setattr(batch, "FEW", few)
+    monkeypatch.setattr(staging, "ALIGNMENT", 8)  # so that one row more would move what stands behind
     params = [
         SamplingParams(temperature=temperature, seed=count, top_k=20 * (count % 2), max_tokens=count, ignore_eos=True)
         for count in (6, 4, 8, 3, 5)

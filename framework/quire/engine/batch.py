@@ -108,10 +108,13 @@ class BatchBuilder:
         slot_room = self._staging.reserve(padded_reqs, torch.int64)
         slot_room.array[:num_reqs] = slots
         slot_room.array[num_reqs:] = self._rows.padding_slot
-        sample_rows = self._staging.put(starts[1:][samples != 0] - 1)
-        places = self._staging.reserve(padded_reqs, torch.int64)
-        places.array[: len(sample_rows)] = (slots * self._width + computed + new)[samples != 0]
-        places.array[len(sample_rows) :] = self._rows.spare_place
+        # Room for each row, whether it samples or not: what stands behind must not move.
+        places, sample_rows = (self._staging.reserve(padded_reqs, torch.int64) for _ in range(2))
+        chosen = samples != 0
+        num_sampled = int(chosen.sum())
+        places.array[:num_sampled] = (slots * self._width + computed + new)[chosen]
+        places.array[num_sampled:] = self._rows.spare_place
+        sample_rows.array[:num_sampled] = starts[1:][chosen] - 1
         lengths = [row.num_new_tokens for row in rows]
         longest, known = max(lengths, default=0), int((computed + new).max(initial=0))
         attention = AttentionBatch(
@@ -133,7 +136,7 @@ class BatchBuilder:
             input_ids=self._input_ids[:padded_tokens],
             positions=positions,
             attention=attention,
-            sample_rows=sample_rows,
+            sample_rows=sample_rows.device[:num_sampled],
             places=places.device,
             token_index=token_index,
             slots=slot_room.device,
