@@ -87,8 +87,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
-    """What the options mean together."""
+    """What the options mean together. Raises SystemExit for what windows cannot measure."""
     standard = QUICK_POINTS if options.quick else ALL_POINTS
+    if options.windows:
+        standard = tuple(point for point in standard if point.kind == "decode")
+        others = [text for text in options.points or () if Point.parse(text).kind != "decode"]
+        if others or options.rounds or options.windows < 2:
+            raise SystemExit("--windows takes 2 or more, and goes with points of decode alone and without --rounds")
     return Plan(
         models=options.models or (["qwen3-0.6b"] if options.quick else ["qwen3-0.6b", "llama-3.2-1b"]),
         peers=options.peers,
@@ -154,8 +159,6 @@ def side_by_side(plan: Plan, pythons: dict[str, str], missing: dict[tuple[str, s
     found = []
     for model, precision, text in itertools.product(plan.models, plan.precisions, plan.points):
         point, title = Point.parse(text), f"{model}, {precision}"
-        if point.kind != "decode":
-            continue
         tokens = (plan.windows + 1) * plan.steps + WARM_UP + 2
         room = str(Point("decode", point.batch, point.context + tokens))
         turns: dict[str, Turn] = {}
@@ -171,6 +174,8 @@ def side_by_side(plan: Plan, pythons: dict[str, str], missing: dict[tuple[str, s
                 turns[peer] = Turn(command, request, surroundings(plan.threads), SOURCES)
             found.append(Beside(title, text, in_turn(turns, plan.windows, plan.steps)))
             say(f"  {title}, {text}: {', '.join(f'{peer} {r[-1]:.1f}' for peer, r in found[-1].rates.items())}")
+        except Unavailable as reason:
+            raise SystemExit(f"{title}, {text}: a peer {reason}") from None
         finally:
             for turn in turns.values():
                 turn.close()
@@ -298,7 +303,7 @@ def main() -> None:
         "after": asdict(after),
         "limits": found,
     }
-    if beside:
+    if plan.windows:
         write_beside(options.results, run, beside)
     else:
         write(plan, options.results, run, groups)

@@ -326,6 +326,21 @@ def test_quick_means_one_model_and_three_points(command, tmp_path):
         command.words("quire,vllm", command.PEERS)
 
 
+def test_windows_are_of_decode_points(command):
+    plan = command.plan_of(command.parser().parse_args(["--windows", "5", "--steps", "4", "--threads", "1"]))
+    assert {Point.parse(point).kind for point in plan.points} == {"decode"}
+    text = command.command_of(plan, False)
+    assert "--windows 5 --steps 4 --threads 1" in text
+    assert "--rounds" not in text
+    for refused in (
+        ["--windows", "1"],
+        ["--windows", "5", "--rounds", "2"],
+        ["--windows", "5", "--points", "prefill:9"],
+    ):
+        with pytest.raises(SystemExit, match="--windows takes 2 or more"):
+            command.plan_of(command.parser().parse_args(refused))
+
+
 def test_a_busy_machine_is_refused_before_anything_is_measured(command, monkeypatch):
     monkeypatch.setattr(command, "prepare", lambda plan: ({}, {}))
     monkeypatch.setattr(command.machine, "look", lambda cores: machine.Quiet(99.0, [0.2]))
