@@ -376,8 +376,8 @@ MUTANTS = (
     Mutant(
         "batch: first row sampled instead of last",
         BUILDER,
-        "starts[1:][samples != 0] - 1",
-        "starts[:-1][samples != 0]",
+        "starts[1:][chosen] - 1",
+        "starts[:-1][chosen]",
         BATCH,
     ),
     Mutant(
