@@ -2,9 +2,10 @@
 
     python benchmarks/cpu_peers.py [--quick] [--models qwen3-0.6b,llama-3.2-1b] [--peers quire,llama_cpp,...]
 
-Each peer lives in a virtual environment of its own under --cache, made by pip when it is missing (llama.cpp is built
-from source, which takes a while), and each measurement runs in a process of its own, the peers in turn. A busy machine
-is refused: what counts are ratios taken in one quiet run. Table, JSON and plot go to --results.
+Each peer lives in a virtual environment of its own under --cache, made by pip when it is missing (llama.cpp and its
+server are built from source, which takes some minutes each), and each measurement runs in a process of its own, the
+peers in turn. A busy machine is refused: what counts are ratios taken in one quiet run. Table, JSON and plot go to
+--results.
 
 With --windows the peers are loaded side by side and decode a few steps each in turn, so that a machine whose memory
 changes its speed changes it for all of them.
@@ -31,7 +32,7 @@ from cpu_peers.protocol import PRECISIONS, Answer, Request, Unavailable, ask, jo
 from cpu_peers.turns import WARM_UP
 from cpu_peers.workload import ALL_POINTS, QUICK_POINTS, Point, parts
 
-PEERS = ("quire", "quire_a16", "llama_cpp", "openvino", "transformers")
+PEERS = ("quire", "quire_a16", "quire_server", "llama_cpp", "llama_server", "openvino", "transformers")
 PLOT_REQUIREMENTS = ("matplotlib",)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from cpu_peers.protocol import MARK, Request, Unavailable
+from cpu_peers.protocol import MARK, Request, Unavailable, end, launched
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +37,7 @@ class Turn:
     """A peer's process, which decodes when it is asked to. Raises Unavailable with its last words if it ends."""
 
     def __init__(self, command: Sequence[str], request: Request, environment: Mapping[str, str], folder: Path) -> None:
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=dict(environment),
-            cwd=folder,
-        )
+        self._process = launched(command, environment, folder, stderr=subprocess.STDOUT)
         self.notes: Mapping[str, Any] = self._ask(request.write())
 
     def rate(self, steps: int) -> float:
@@ -55,8 +46,7 @@ class Turn:
 
     def close(self) -> None:
         """End it."""
-        self._process.kill()
-        self._process.communicate()
+        end(self._process)
 
     def _ask(self, line: str) -> Any:
         assert self._process.stdin is not None

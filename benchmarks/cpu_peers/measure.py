@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from cpu_peers.workload import NEW_TOKENS, Arrival, Point, arrivals, percentile, prompt
@@ -17,11 +17,11 @@ class Engine(Protocol):
     """A program with a model loaded, which decodes greedily and past any end token.
 
     Attributes:
-        vocab: number of token ids. static: it serves one batch of equal prompts at a time, no stream of requests.
+        vocab: number of token ids. skips: kinds of points that it has no part in, and why.
     """
 
     vocab: int
-    static: bool
+    skips: Mapping[str, str]
 
     def add(self, key: str, prompt: Sequence[int], count: int) -> None:
         """Queue a request for `count` tokens."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -98,22 +101,39 @@ def joined(answers: Sequence[tuple[Sequence[str], Answer]]) -> Answer:
 
 def ask(command: Sequence[str], request: Request, environment: Mapping[str, str], folder: Path) -> Answer:
     """Run a worker in `folder`, and return its answer; a worker that dies answers with its last words."""
+    process = launched(command, environment, folder, stderr=subprocess.PIPE)
     try:
-        done = subprocess.run(
-            command,
-            input=request.write(),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT,
-            env=dict(environment),
-            cwd=folder,
-            check=False,
-        )
+        output, errors = process.communicate(request.write(), timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
         return Answer(reasons={"all": f"took longer than {TIMEOUT:.0f} s"})
-    answer = Answer.find(done.stdout)
+    finally:
+        end(process)
+    answer = Answer.find(output)
     if answer is not None:
         return answer
-    last = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), "no word")
-    return Answer(reasons={"all": f"ended with status {done.returncode}: {last[:300]}"})
+    last = next((line.strip() for line in reversed(errors.splitlines()) if line.strip()), "no word")
+    return Answer(reasons={"all": f"ended with status {process.returncode}: {last[:300]}"})
+
+
+def launched(
+    command: Sequence[str], environment: Mapping[str, str], folder: Path, stderr: int
+) -> subprocess.Popen[str]:
+    """A worker's process, spoken with by text, for `end`."""
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        errors="replace",
+        env=dict(environment),
+        cwd=folder,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a worker, and the server that it may have started and would leave behind."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()

@@ -12,7 +12,7 @@ from typing import Any
 from cpu_peers.protocol import Answer
 from cpu_peers.workload import median, spread
 
-OURS = ("quire", "quire_a16")
+OURS = ("quire", "quire_a16", "quire_server")
 """Forms of Quire, the default one first; all others are peers."""
 PLOT = """
 import json, sys

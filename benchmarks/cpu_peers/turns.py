@@ -13,7 +13,7 @@ import sys
 import time
 
 from cpu_peers.measure import Engine
-from cpu_peers.protocol import MARK, Request
+from cpu_peers.protocol import MARK, Request, Unavailable
 from cpu_peers.workload import Point, prompt
 
 WARM_UP = 8
@@ -21,7 +21,13 @@ WARM_UP = 8
 
 
 def started(engine: Engine, point: Point, tokens: int, seed: int) -> Engine:
-    """The engine with all requests of the point behind their prompts, and warm; each has `tokens` to come."""
+    """The engine with all requests of the point behind their prompts, and warm; each has `tokens` to come.
+
+    Raises:
+        Unavailable: the engine has no part in such points.
+    """
+    if reason := engine.skips.get(point.kind):
+        raise Unavailable(f"takes no turns: {reason}")
     rng = random.Random(seed)
     waiting = {str(index) for index in range(point.batch)}
     for key in sorted(waiting):

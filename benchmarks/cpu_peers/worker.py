@@ -29,8 +29,8 @@ def answer(module: ModuleType, request: Request) -> Answer:
         return Answer(reasons={"all": str(reason)})
     figures, reasons = {}, {}
     for point in map(Point.parse, request.points):
-        if point.kind == "served" and peer.static:
-            reasons[str(point)] = "serves no stream of requests"
+        if reason := peer.skips.get(point.kind):
+            reasons[str(point)] = reason
             continue
         try:
             figures[str(point)] = measurement.measure(point)

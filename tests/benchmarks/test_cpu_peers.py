@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 class FakeEngine:
     """One token per request and step; a step takes `seconds` of a clock that only this moves."""
 
-    vocab, static = 100, False
+    vocab, skips = 100, {}
 
     def __init__(self, seconds=0.5):
         self.left, self.now, self.added, self.seconds, self.notes = {}, 0.0, [], seconds, {"fake": 1}
@@ -196,7 +196,7 @@ def test_a_worker_answers_point_by_point(monkeypatch):
     request = Request("measure", "c", "f", "bf16", ["decode:2:8", "served:3"])
     module = fake_module()
     engine = module.Peer()
-    engine.static = True
+    engine.skips = {"served": "serves no stream of requests"}
     done = worker.answer(module, request)
     assert set(done.figures) == {"decode:2:8"}
     assert done.reasons == {"served:3": "serves no stream of requests"}

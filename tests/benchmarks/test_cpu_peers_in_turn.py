@@ -16,7 +16,7 @@ REQUEST = Request("measure", "checkpoint", "folder", "bf16", ("decode:2:5", "dec
 class Ticking:
     """One token per request and step, each of which takes a quarter of a second of a clock that only this moves."""
 
-    vocab, static = 100, False
+    vocab, skips = 100, {}
 
     def __init__(self):
         self.left, self.now, self.added = {}, 0.0, []

@@ -1,4 +1,7 @@
-"""A checkpoint of Llama's or Qwen3's architecture as a GGUF file, without a vocabulary: token ids are enough here."""
+"""A checkpoint of Llama's or Qwen3's architecture as a GGUF file.
+
+Token ids are all that passes through it; its vocabulary is made up, since llama.cpp's server does not run without one.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,7 @@ def write_gguf(checkpoint: Path, target: Path) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    writer.add_tokenizer_model("none")
+    _add_vocabulary(writer, config["vocab_size"])
     for path in sorted(checkpoint.glob("*.safetensors")):
         for name, bits in read_bfloat16(path):
             part = name.split(".")[-2]
@@ -90,3 +93,16 @@ def write_gguf(checkpoint: Path, target: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_vocabulary(writer: Any, size: int) -> None:
+    """A word for each token id, whole in itself: a server that puts characters together never waits for the next."""
+    import gguf
+
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([f"t{index}" for index in range(size)])
+    writer.add_token_types([gguf.TokenType.NORMAL] * size)
+    writer.add_token_merges(["t 0"])
+    writer.add_eos_token_id(0)
+    writer.add_add_bos_token(False)

@@ -1,12 +1,12 @@
 """llama.cpp, built from source by llama-cpp-python for this machine, and driven through `llama_decode`.
 
-Its own server is not built by that package: for the served workload the loop below batches continuously as the server
-does, rows of running requests first, prompts in the room that is left.
+For the served workload the loop below batches continuously, rows of running requests first, prompts in the room that
+is left: what the library can do where no server is in the way. With its own server it is `llama_server`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,12 @@ BATCH = 2048
 
 
 def prepare(checkpoint: str, folder: str, precision: str) -> str:
-    """Write a GGUF file in bfloat16; llama.cpp itself makes Q4_0 of it, with its default of Q6_K for a tied head."""
+    """GGUF files, of 4 bits by the library."""
+    return converted(checkpoint, folder, precision, _quantize)
+
+
+def converted(checkpoint: str, folder: str, precision: str, quantize: Callable[[Path, Path], None]) -> str:
+    """A GGUF file in bfloat16; llama.cpp itself makes Q4_0 of it, with its default of Q6_K for a tied head."""
     from cpu_peers.peers.gguf_file import write_gguf
 
     source = Path(folder) / "bf16.gguf"
@@ -34,7 +39,7 @@ def prepare(checkpoint: str, folder: str, precision: str) -> str:
     target = Path(folder) / "int4.gguf"
     if not target.exists():
         partial = target.with_suffix(".partial")
-        _quantize(source, partial)
+        quantize(source, partial)
         partial.rename(target)
     return str(target)
 
@@ -107,7 +112,7 @@ class Slots:
 class Peer:
     """A context with a KV stream per slot, in float16 as is its default; greedy tokens by numpy."""
 
-    static = False
+    skips: Mapping[str, str] = {}
 
     def __init__(self, path: str, request: Request) -> None:
         import llama_cpp

@@ -62,7 +62,7 @@ def _export_tokenizer(tokenizer: Any, folder: Path) -> None:
 class Peer:
     """`ContinuousBatchingPipeline`, with a KV cache in bfloat16, or float32 where the CPU does not compute in that."""
 
-    static = False
+    skips: Mapping[str, str] = {}
 
     def __init__(self, path: str, request: Request) -> None:
         import numpy

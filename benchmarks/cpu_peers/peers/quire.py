@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cpu_peers.protocol import Request
@@ -21,7 +23,7 @@ def prepare(checkpoint: str, folder: str, precision: str) -> str:
 class Peer:
     """`LLM` and the engine's own `add` and `step`."""
 
-    static = False
+    skips: Mapping[str, str] = {}
     input_bits = 8
 
     def __init__(self, path: str, request: Request) -> None:
@@ -29,20 +31,11 @@ class Peer:
         import torch
 
         torch.set_num_threads(request.threads)
-        need = capacity(map(Point.parse, request.points))
-        self._llm = LLM(
-            path,
-            dtype="bfloat16",
-            quantization="int4" if request.precision == "int4" else None,
-            plugin_options={"int4": {"input_bits": self.input_bits}} if request.precision == "int4" else {},
-            num_kv_blocks=need.tokens // BLOCK + 2 * need.sequences + 1,
-            max_num_seqs=need.sequences,
-            max_model_len=need.length,
-            block_size=BLOCK,
-        )
+        options = {"int4": {"input_bits": self.input_bits}} if request.precision == "int4" else {}
+        self._llm = LLM(path, **settings(request), plugin_options=options)
         self._params = SamplingParams
         self._engine = self._llm.engine
-        self.vocab = _vocab(path)
+        self.vocab = vocabulary(path)
         self.notes: dict[str, Any] = {
             "quire": __version__,
             "torch": torch.__version__,
@@ -60,9 +53,20 @@ class Peer:
         return self._engine.has_work()
 
 
-def _vocab(path: str) -> int:
-    import json
-    from pathlib import Path
+def settings(request: Request) -> dict[str, Any]:
+    """What the engine holds, and in which form."""
+    need = capacity(map(Point.parse, request.points))
+    return {
+        "dtype": "bfloat16",
+        "quantization": "int4" if request.precision == "int4" else None,
+        "num_kv_blocks": need.tokens // BLOCK + 2 * need.sequences + 1,
+        "max_num_seqs": need.sequences,
+        "max_model_len": need.length,
+        "block_size": BLOCK,
+    }
 
+
+def vocabulary(path: str) -> int:
+    """Number of token ids of a checkpoint."""
     size: int = json.loads((Path(path) / "config.json").read_text())["vocab_size"]
     return size
