@@ -151,6 +151,19 @@ def test_a_plugin_that_fails_to_add_commands_is_passed_over(quire, tmp_path, plu
     sys.modules.pop("bad_cli_plugin", None)
 
 
+def test_a_plugins_command_that_a_bad_configuration_hides_is_not_called_unknown(quire, tmp_path):
+    (tmp_path / "bad.yaml").write_text("max_num_sequences: 3\n")
+    result = quire("-c", tmp_path / "bad.yaml", "serve")
+    assert result.exit_code == 2
+    assert "unknown key 'max_num_sequences'" in result.output
+    assert "No such command" not in result.output
+    result = quire("-c", tmp_path / "bad.yaml", "--help")
+    assert result.exit_code == 0
+    assert "plugins' commands are not available" in result.output
+    assert quire("-c", tmp_path / "bad.yaml", "version").output.strip() == __version__
+    assert "No such command" in quire("greeet").output
+
+
 def test_the_variable_for_allowed_plugins(quire, monkeypatch):
     monkeypatch.setenv("QUIRE_PLUGINS", "cpu_ref")
     plugins = json.loads(quire("plugins", "list", "--json").stdout)

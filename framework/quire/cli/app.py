@@ -27,12 +27,18 @@ INTERRUPTED = 130
 EXTENDED = frozenset({"bench"})
 """Commands of the core beside which plugins may register one of two words that begins with theirs."""
 
+COMMANDS, FAILURE = "quire.commands", "quire.failure"
+"""What the context keeps: plugins' commands by name, and the error that there are none."""
+
 
 class QuireGroup(typer.core.TyperGroup):
     """The root command: finds plugins' subcommands, and turns errors into two lines and an exit code."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*self.commands, *sorted(self._plugin_commands(ctx))]
+        found = sorted(self._plugin_commands(ctx))
+        if error := ctx.meta.get(FAILURE):
+            logger.warning("plugins' commands are not available: %s", error)
+        return [*self.commands, *found]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return self.commands.get(cmd_name) or self._plugin_commands(ctx).get(cmd_name)
@@ -43,7 +49,12 @@ class QuireGroup(typer.core.TyperGroup):
             command = self._plugin_commands(ctx).get(name := " ".join(args[:2]))
             if command is not None:
                 return name, command, args[2:]
-        return super().resolve_command(ctx, args)
+        try:
+            return super().resolve_command(ctx, args)
+        except Exception:
+            if error := ctx.meta.get(FAILURE):  # why the command is not there
+                raise error from None
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -62,17 +73,15 @@ class QuireGroup(typer.core.TyperGroup):
 
     def _plugin_commands(self, ctx: Any) -> dict[str, Any]:
         """Subcommands that plugins add; the plugins are loaded on the first call and only then."""
-        found: dict[str, Any] | None = ctx.meta.get("quire.commands")
+        found: dict[str, Any] | None = ctx.meta.get(COMMANDS)
         if found is None:
             try:
                 set_up_logging(bool(ctx.params.get("debug")), bool(ctx.params.get("trace_plugins")))
                 host = load_host(Globals.of(ctx.params))
                 found = _collect_commands(host, taken=set(self.commands))
             except QuireError as error:
-                # An unknown command is the lesser news; a command that exists must not fail here.
-                logger.warning("plugins' commands are not available: %s", error)
-                found = {}
-            ctx.meta["quire.commands"] = found
+                found, ctx.meta[FAILURE] = {}, error  # a command of the core goes on without them
+            ctx.meta[COMMANDS] = found
         return found
 
 
