@@ -244,7 +244,7 @@ void samples(Pool* pool) {
 int main() {
     Pool threads(2), *pool = &threads;
     linears<float>(pool), linears<bf16>(pool);
-    for (int bits : {4, 8})
+    for (int bits : {4, 6, 8})
         for (bool zeros : {false, true}) codes(pool, bits, zeros);
     rows_of<float>(pool), rows_of<bf16>(pool);
     heads<float, float>(pool, false, 0, 0.0f, false), heads<bf16, bf16>(pool, false, 33, 5.0f, true);

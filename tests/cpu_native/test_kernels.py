@@ -68,7 +68,7 @@ def packed(op_set, spec, generator):
     inputs=st.integers(1, 200) | st.sampled_from([512, 777]),
     outputs=st.integers(1, 200),
     dtype=st.sampled_from(list(DTYPES)),
-    bits=st.sampled_from([None, 4, 8, 3]),
+    bits=st.sampled_from([None, 4, 6, 8, 3]),
     count=st.sampled_from([1, 2, 5]),
 )
 def test_linears(threads, rows, inputs, outputs, dtype, bits, count):
@@ -80,7 +80,7 @@ def test_linears(threads, rows, inputs, outputs, dtype, bits, count):
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
-@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("bits", [None, 4, 6, 8])
 def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(threads, bits, dtype):
     spec = spec_of(512 if bits else 511, 333, dtype, bits)
     runs = [packed(threads[count], spec, seeded(0))[0] for count in (1, 2, 5)]
@@ -107,7 +107,7 @@ def by_8_bit_inputs(op_set, spec, generator):
     rows=st.integers(0, 40) | st.sampled_from(EDGES),
     inputs=st.integers(1, 200) | st.sampled_from([512, 777]),
     outputs=st.integers(1, 200),
-    bits=st.sampled_from([8, 5, 4, 3]),
+    bits=st.sampled_from([8, 6, 5, 4, 3]),
     count=st.sampled_from([1, 2, 5]),
 )
 def test_inputs_of_8_bits_are_off_by_half_a_step_at_most(threads, rows, inputs, outputs, bits, count):
@@ -126,7 +126,7 @@ def test_inputs_of_8_bits_are_off_by_half_a_step_at_most(threads, rows, inputs, 
     assert (error <= 1.001 * allowed + told + exact.abs() / 128 + 1e-4).all()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("zeros", ["middle", "integer"])
 def test_the_outermost_codes_and_inputs_do_not_saturate(threads, bits, zeros):
     """All of them at once: every sum is exact, so the result is that of float64, rounded once."""
@@ -144,7 +144,7 @@ def test_the_outermost_codes_and_inputs_do_not_saturate(threads, bits, zeros):
     assert torch.equal(op(x, state), exact.bfloat16())
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 def test_a_row_of_8_bit_inputs_has_the_same_bits_in_any_batch(threads, bits):
     spec = spec_of(512, 333, torch.bfloat16, bits)
     runs = [by_8_bit_inputs(threads[count], spec, seeded(0))[0] for count in (1, 2, 5)]
@@ -175,7 +175,7 @@ def test_inputs_that_may_have_8_bits_get_them_where_that_is_fast(isa, dtype, mon
 
 def test_inputs_of_8_bits_are_for_bfloat16():
     op_set = NativeA8Ops(OpInit(torch.device("cpu"), 16))
-    for bits in (4, 8):
+    for bits in (4, 6, 8):
         assert op_set.why_not(QuantLinearSpec(64, 64, bits, 32, "middle", torch.bfloat16)) == []
     assert "not for float32" in op_set.why_not(QuantLinearSpec(64, 64, 4, 32, "middle", torch.float32))[0]
 

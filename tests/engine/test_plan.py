@@ -81,20 +81,22 @@ def test_experts_count_however_they_are_stacked(tmp_path):
 
 @pytest.mark.parametrize(("architecture", "is_tied"), [("llama", False), ("qwen3", True)])
 def test_a_head_that_is_rounded_at_load_counts(architecture, is_tied, tmp_path):
-    """In 8 bits; beside the embedding, if that is the same tensor."""
+    """In 8 bits, and in 6 beside layers of 4; beside the embedding, if that is the same tensor."""
     folder = make_checkpoint(architecture, tmp_path)
     tensors = outline(str(folder)).tensors
     assert ("lm_head.weight" not in tensors) == is_tied
     vocab, hidden = tensors["model.embed_tokens.weight"].shape
     found, groups = forms(plan(folder, "--group-size", 32, "--dtype", "bfloat16")), hidden // 32
     layers = sum(
-        math.prod(tensor.shape) + math.prod(tensor.shape) // 32 * 4
+        math.prod(tensor.shape)
         for name, tensor in tensors.items()
         if ".layers." in name and name.endswith("proj.weight")
     )
     norms = sum(2 * math.prod(tensor.shape) for tensor in tensors.values() if len(tensor.shape) == 1)
-    expected = layers + norms + 2 * vocab * hidden + vocab * hidden + 4 * vocab * groups
-    assert found["8 bits", "int8 at load"] == expected
+    scales, table = layers // 32 * 4 + 4 * vocab * groups, 2 * vocab * hidden
+    for bits, head, name in ((8, 8, "int8 at load"), (4, 6, "int4 at load")):
+        expected = layers * bits // 8 + vocab * hidden * head // 8 + scales + norms + table
+        assert found[f"{bits} bits", name] == expected
 
 
 def test_what_does_not_fit(monkeypatch):

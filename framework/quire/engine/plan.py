@@ -52,7 +52,7 @@ class Form:
 
 FORMS = (
     Form("int8 at load", 8, 4, False, head_bits=8),
-    Form("int4 at load", 4, 4, False, head_bits=8),
+    Form("int4 at load", 4, 4, False, head_bits=6),
     Form("gptq", 8, 2, True),
     Form("gptq, awq", 4, 2, True),
     Form("gptq", 3, 2, True),

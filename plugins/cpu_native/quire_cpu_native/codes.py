@@ -9,7 +9,9 @@ in its place, which is faster and less exact.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from quire.plugin import QuantLinearSpec
@@ -19,6 +21,10 @@ from quire_cpu_native.native import PANEL, CodesFields, Native, rows_of
 
 A8, A16 = "codes_linear_a8", "codes_linear"
 """Kernels, by the bits of their inputs in bfloat16."""
+
+
+WORD_INPUTS: Mapping[int, int] = MappingProxyType({4: 8, 6: 16, 8: 4})
+"""Bits of a packed code -> inputs that are packed together, as in `codes.h`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +37,7 @@ class CodesState:
 
 
 class NativeQuantLinear:
-    """Codes of up to 4 bits take 4, others 8. Scales are held as float16 where that loses nothing."""
+    """Codes of up to 4 bits take 4, of 6 bits 6, others 8. Scales are held as float16 where that loses nothing."""
 
     def __init__(self, spec: QuantLinearSpec, kernels: Native, kernel: str = A16) -> None:
         self.spec = spec
@@ -42,8 +48,9 @@ class NativeQuantLinear:
         self._run = kernels.function(kernel, spec.dtype)
 
     def pack(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> CodesState:
-        spec, bits = self.spec, 4 if self.spec.bits <= 4 else 8
-        word = 32 // bits
+        spec = self.spec
+        bits = 4 if spec.bits <= 4 else 6 if spec.bits == 6 else 8
+        word = WORD_INPUTS[bits]
         depth = spec.num_groups * -(-spec.group_size // word) * word
         panels = -(-spec.out_features // PANEL)
         packed = self._memory.empty(panels * PANEL * depth * bits // 8)

@@ -30,7 +30,7 @@ from quire_quant.kernels import Dequant
 UNQUANTIZED = ("gate",)
 """Last parts of the paths of layers left alone: routers, whose choices are brittle."""
 HEAD = "lm_head"
-"""Last part of the output head's path. It gets 8 bits: 4 would cost it more than they cost a layer."""
+"""Last part of the output head's path. It never gets 4 bits, which would cost it more than they cost a layer."""
 PIECE = 1 << 20
 """Weights that are rounded at once: a few MB in floats, which the cache holds."""
 
@@ -42,7 +42,7 @@ class Int8Options(BaseModel):
 
     group_size: int = Field(default=128, ge=16)
     """Inputs that share a scale; a layer whose inputs it does not divide stays unquantized."""
-    head_bits: Literal[8, 16] = 8
+    head_bits: Literal[6, 8, 16] = 8
     """Of the output head; 16 leaves it unquantized, and so does the lack of a kernel faster than `dequant`."""
     input_bits: Literal[8, 16] = 16
     """8 lets kernels round a layer's inputs to 8 bits too, where that is faster."""
@@ -53,6 +53,8 @@ class Int4Options(Int8Options):
 
     group_size: int = Field(default=32, ge=16)
     """Inputs that share a scale; a layer whose inputs it does not divide stays unquantized."""
+    head_bits: Literal[6, 8, 16] = 6
+    """As in `Int8Options`; beside layers of 4 bits two more bits of the head are hardly seen."""
     input_bits: Literal[8, 16] = 8
     """8 lets kernels round a layer's inputs to 8 bits too, where that is faster: weights of 4 bits cost far more."""
 

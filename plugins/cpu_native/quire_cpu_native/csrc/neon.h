@@ -71,10 +71,24 @@ static inline int32x4_t field_of16(int32x4_t x, int shift, uint16_t mask) {
     uint16x8_t moved = vshlq_u16(vreinterpretq_u16_s32(x), vdupq_n_s16((int16_t)-shift));
     return vreinterpretq_s32_u16(vandq_u16(moved, vdupq_n_u16(mask)));
 }
-static inline V field4(I x, int shift) { return to_float(I{field(x.a, shift, 15), field(x.b, shift, 15)}); }
-static inline V field8(I x, int shift) { return to_float(I{field(x.a, shift, 255), field(x.b, shift, 255)}); }
-static inline I field4_of16(I x, int shift) { return {field_of16(x.a, shift, 15), field_of16(x.b, shift, 15)}; }
-static inline I field8_of16(I x, int shift) { return {field_of16(x.a, shift, 255), field_of16(x.b, shift, 255)}; }
+static inline V field(I x, int shift, int mask) {
+    return to_float(I{field(x.a, shift, (uint32_t)mask), field(x.b, shift, (uint32_t)mask)});
+}
+static inline I field_of16(I x, int shift, int mask) {
+    return {field_of16(x.a, shift, (uint16_t)mask), field_of16(x.b, shift, (uint16_t)mask)};
+}
+static inline int32x4_t field_of8(int32x4_t x, int mask) {
+    return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(x), vdupq_n_u8((uint8_t)mask)));
+}
+static inline I field_of8(I x, int mask) { return {field_of8(x.a, mask), field_of8(x.b, mask)}; }
+template <int N>
+static inline int32x4_t lowered(int32x4_t x) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(x), N)); }
+template <int N>
+static inline I lowered(I x) { return {lowered<N>(x.a), lowered<N>(x.b)}; }
+static inline I merged(int mask, I a, I b) {
+    uint32x4_t wide = vreinterpretq_u32_u8(vdupq_n_u8((uint8_t)mask));
+    return {vbslq_s32(wide, a.a, b.a), vbslq_s32(wide, a.b, b.b)};
+}
 
 static inline int32x4_t add_products(int32x4_t c, int32x4_t a, int32x4_t b) {
     int16x8_t x = vreinterpretq_s16_s32(a), y = vreinterpretq_s16_s32(b);
@@ -83,14 +97,8 @@ static inline int32x4_t add_products(int32x4_t c, int32x4_t a, int32x4_t b) {
 }
 static inline I add_products(I c, I a, I b) { return {add_products(c.a, a.a, b.a), add_products(c.b, a.b, b.b)}; }
 
-static inline int32x4_t nibbles(int32x4_t x) {
-    return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(x), vdupq_n_u8(15)));
-}
-static inline int32x4_t upper(int32x4_t x) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(x), 4)); }
-static inline I low_nibbles(I x) { return {nibbles(x.a), nibbles(x.b)}; }
-static inline I high_nibbles(I x) { return {upper(x.a), upper(x.b)}; }
 constexpr bool FOURS_AT_ONCE = true;
-// Bytes of x are read as signed: they are codes of 4 bits, or centred ones of 8.
+// Bytes of x are read as signed: they are codes of 4 or 6 bits, or centred ones of 8.
 static inline int32x4_t add_byte_products(int32x4_t c, int32x4_t x, int32x4_t y) {
     int8x16_t a = vreinterpretq_s8_s32(x), b = vreinterpretq_s8_s32(y);
 #if defined(__ARM_FEATURE_DOTPROD)

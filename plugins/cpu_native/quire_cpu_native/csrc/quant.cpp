@@ -15,12 +15,12 @@ void tile(const Columns<BITS, Scale>& c, const float* x, int64_t ldx, V acc[MB][
             const float* at = x + (g * c.words + w) * c.WORD;
             for (int v = 0; v < NV; v++) {
                 V scale = c.scale(g, v), zero = c.zero_of(g, v);
-                I word = load_int(c.word(g, w, v));
+                Word<BITS> word(c.word(g, w, v));
 #if defined(__GNUC__)
 #pragma GCC unroll 8
 #endif
                 for (int i = 0; i < c.WORD; i++) {
-                    V weight = mul(sub(field<BITS>(word, shift_of<BITS>(i)), zero), scale);
+                    V weight = mul(sub(word.input(i), zero), scale);
                     for (int m = 0; m < MB; m++) acc[m][v] = fma(set1(at[m * ldx + i]), weight, acc[m][v]);
                 }
             }
@@ -34,10 +34,9 @@ void expand(const Columns<BITS, Scale>& c, float* to) {
         for (int v = 0; v < 2; v++) {
             V scale = c.scale(g, v), zero = c.zero_of(g, v);
             for (int64_t w = 0; w < c.words; w++) {
-                I word = load_int(c.word(g, w, v));
+                Word<BITS> word(c.word(g, w, v));
                 float* at = to + (g * c.words + w) * c.WORD * 2 * W + v * W;
-                for (int i = 0; i < c.WORD; i++)
-                    store(at + i * 2 * W, mul(sub(field<BITS>(word, shift_of<BITS>(i)), zero), scale));
+                for (int i = 0; i < c.WORD; i++) store(at + i * 2 * W, mul(sub(word.input(i), zero), scale));
             }
         }
 }
@@ -104,28 +103,24 @@ void multiply(Pool& pool, const Codes& c, const T* bias, const T* x, int64_t ldx
     });
 }
 
-template <class T>
-void by_form(Pool& pool, const Codes& c, const T* bias, const T* x, int64_t ldx, T* out, int64_t rows) {
-    if (rows == 0) return;
-    if (c.bits == 4 && c.half_scales) return multiply<T, 4, half>(pool, c, bias, x, ldx, out, rows);
-    if (c.bits == 4) return multiply<T, 4, float>(pool, c, bias, x, ldx, out, rows);
-    if (c.half_scales) return multiply<T, 8, half>(pool, c, bias, x, ldx, out, rows);
-    multiply<T, 8, float>(pool, c, bias, x, ldx, out, rows);
-}
-
-// One word from `count` codes; what it lacks is zero.
+// One word of a column from `count` codes; what it lacks is zero. Four codes at a time, in the bytes of a number.
 template <int BITS>
-uint32_t word_of(const uint8_t* codes, int64_t count) {
-    uint32_t bits = 0;
-    for (int i = 0; i < 32 / BITS; i++)
-        if (i < count) bits |= (uint32_t)codes[i] << shift_of<BITS>(i);
-    return bits;
+static inline void pack_word(const uint8_t* codes, int64_t count, uint8_t* to) {
+    uint32_t fours[Word<BITS>::FOURS] = {};
+    for (int i = 0; i < Word<BITS>::INPUTS; i++)
+        if (i < count) fours[i / 4] |= (uint32_t)codes[i] << 8 * (i % 4);
+    for (int part = 0; part < Word<BITS>::PARTS; part++) {
+        uint32_t bits = fours[BITS == 6 ? part + 1 : part];
+        if constexpr (BITS == 4) bits |= fours[1] << 4;
+        if constexpr (BITS == 6) bits |= (fours[0] >> 2 * part & 0x03030303) << 6;
+        memcpy(to + part * Word<BITS>::NEAR, &bits, 4);
+    }
 }
 
 // codes [N][K], one to a byte -> panels, a group of all columns at a time.
 template <int BITS>
 void pack(Pool& pool, const Codes& c, const uint8_t* codes, uint8_t* packed) {
-    constexpr int64_t WORD = 32 / BITS;
+    constexpr int64_t WORD = Word<BITS>::INPUTS;
     int64_t words = c.padded_group() / WORD;
     pool.run(c.panels(), [=, &c](int64_t panel, Scratch&) {
         for (int64_t g = 0; g < c.groups(); g++)
@@ -133,13 +128,12 @@ void pack(Pool& pool, const Codes& c, const uint8_t* codes, uint8_t* packed) {
                 int64_t row = panel * PANEL + column;
                 int64_t count = row < c.outputs ? std::min(c.group, c.inputs - g * c.group) : 0;
                 const uint8_t* from = codes + row * c.inputs + g * c.group;
-                uint8_t* to = packed + ((panel * c.groups() + g) * words * PANEL + column) * 4;
-                for (int64_t w = 0; w < words; w++) {
-                    int64_t left = count - w * WORD;
-                    uint32_t bits = left >= WORD ? word_of<BITS>(from + w * WORD, WORD)
-                                                 : left > 0 ? word_of<BITS>(from + w * WORD, left) : 0;
-                    memcpy(to + w * PANEL * 4, &bits, 4);
-                }
+                uint8_t* to = packed + (panel * c.groups() + g) * words * Word<BITS>::BYTES + Word<BITS>::place(column);
+                for (int64_t w = 0; w < words; w++, from += WORD, to += Word<BITS>::BYTES)
+                    if (int64_t left = count - w * WORD; left >= WORD)
+                        pack_word<BITS>(from, WORD, to);
+                    else
+                        pack_word<BITS>(from, left, to);
             }
     });
 }
@@ -169,21 +163,22 @@ extern "C" {
 void quire_codes_pack(Pool* pool, const void* fields, const uint8_t* codes, uint8_t* packed) {
     std::lock_guard<std::mutex> hold(pool->lock());
     const Codes& c = *(const Codes*)fields;
-    c.bits == 4 ? pack<4>(*pool, c, codes, packed) : pack<8>(*pool, c, codes, packed);
+    by_form(c, [&](auto bits, auto) { pack<bits.value>(*pool, c, codes, packed); });
 }
 // float [N][K]
 void quire_codes_weight(Pool* pool, const void* fields, float* out) {
     std::lock_guard<std::mutex> hold(pool->lock());
     const Codes& c = *(const Codes*)fields;
-    if (c.bits == 4)
-        c.half_scales ? weights<half, 4>(*pool, c, out) : weights<float, 4>(*pool, c, out);
-    else
-        c.half_scales ? weights<half, 8>(*pool, c, out) : weights<float, 8>(*pool, c, out);
+    by_form(c, [&](auto bits, auto scale) { weights<decltype(scale), bits.value>(*pool, c, out); });
 }
 void quire_codes_linear_f32(Pool* pool, const void* fields, const float* bias, const float* x, int64_t ldx, float* out,
                             int64_t rows) {
     std::lock_guard<std::mutex> hold(pool->lock());
-    by_form(*pool, *(const Codes*)fields, bias, x, ldx, out, rows);
+    const Codes& c = *(const Codes*)fields;
+    if (rows == 0) return;
+    by_form(c, [&](auto bits, auto scale) {
+        multiply<float, bits.value, decltype(scale)>(*pool, c, bias, x, ldx, out, rows);
+    });
 }
 }
 QUIRE_RECORDED(quire_codes_pack)

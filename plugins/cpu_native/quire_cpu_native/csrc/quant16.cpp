@@ -13,10 +13,11 @@ static inline I pair_at(const int16_t* x) {
     return set1_int(both);
 }
 
-template <int BITS>
-static inline I code_of(I word, int i) { return BITS == 4 ? field4_of16(word, 4 * i) : field8_of16(word, 8 * i); }
-
 struct Halves {
+    template <int BITS>
+    static constexpr bool FETCHED = BITS != 8;
+    template <int BITS>
+    static constexpr bool FOUR_WIDE = BITS != 6;
     using Number = int16_t;
     static constexpr float LARGEST = 32767.0f;
     static constexpr int64_t SPAN = 256;  // 255 · 32767 · 256 < 2^31
@@ -26,19 +27,21 @@ struct Halves {
     static constexpr bool SUMMED = true;
     template <int BITS>
     static I whole(I sums) { return sums; }
-    template <int BITS>
-    static void store(int16_t* to, V values, int64_t n) { store_some(to, values, n, Order<BITS>()); }
+    static void store(int16_t* to, V values, int64_t n) { store_some(to, values, n); }
 
     template <int BITS, int MB, int NV>
     static inline void add_word(const uint8_t* word, const int16_t* x, int64_t ldx, I sums[MB][NV]) {
-        I words[NV];
-        for (int v = 0; v < NV; v++) words[v] = load_int(word + 4 * v * W);
-        for (int i = 0; i < 16 / BITS; i++) {
-            I both[MB];
-            for (int m = 0; m < MB; m++) both[m] = pair_at(x + m * ldx + 2 * i);
-            for (int v = 0; v < NV; v++) {
-                I code = code_of<BITS>(words[v], i);
-                for (int m = 0; m < MB; m++) sums[m][v] = add_products(sums[m][v], code, both[m]);
+        constexpr int ABREAST = abreast<BITS, MB, NV>();
+        for (int first = 0; first < NV; first += ABREAST) {
+            Word<BITS> words[ABREAST];
+            for (int v = 0; v < ABREAST; v++) words[v] = Word<BITS>(word + Word<BITS>::place((first + v) * W));
+            for (int i = 0; i < Word<BITS>::INPUTS / 2; i++) {
+                I both[MB];
+                for (int m = 0; m < MB; m++) both[m] = pair_at(x + m * ldx + 2 * i);
+                for (int v = 0; v < ABREAST; v++) {
+                    I code = words[v].pair(i);
+                    for (int m = 0; m < MB; m++) sums[m][first + v] = add_products(sums[m][first + v], code, both[m]);
+                }
             }
         }
     }
@@ -56,9 +59,9 @@ struct Wide {
         I middle = set1_int(c.zeros ? 0 : (int32_t)c.middle * 0x00010001);
         for (int64_t w = 0; w < c.groups * c.words; w++)
             for (int v = 0; v < 2; v++) {
-                I word = load_int(c.word(0, w, v));
+                Word<BITS> word(c.word(0, w, v));
                 for (int i = 0; i < c.WORD / 2; i++) {
-                    I code = sub_of16(code_of<BITS>(word, i), middle);
+                    I code = sub_of16(word.pair(i), middle);
                     memcpy(to + ((w * c.WORD / 2 + i) * 2 + v) * 2 * W, &code, sizeof code);
                 }
             }
@@ -67,7 +70,7 @@ struct Wide {
     template <int MB, int NV>
     void add_words(const int16_t* x, int64_t ldx, int64_t begin, int64_t end, I sums[MB][NV]) const {
         static_assert(NV == 2);
-        constexpr int PAIRS = 16 / BITS;
+        constexpr int PAIRS = Word<BITS>::INPUTS / 2;
         I own[MB][NV];  // in registers: the compiler would write what it was given at every step
         for (int m = 0; m < MB; m++)
             for (int v = 0; v < NV; v++) own[m][v] = sums[m][v];

@@ -11,35 +11,53 @@ static inline I quad_at(const int8_t* x) {
     return set1_int(four);
 }
 
+// Codes as they are multiplied. `add`: c + their products with x, by fours; those of 4 bits as `add_byte_products`.
+template <int BITS>
+struct Times {
+    I codes;
+    void set(I bytes) { codes = bytes; }
+    I add(I c, I x) const {
+        if (BITS == 4 || FOURS_AT_ONCE) return add_byte_products(c, codes, x);
+        return add_int(c, whole_sums(add_byte_products(zero_int(), codes, x)));  // three of 63 · 127 · 2 would pass 2^15
+    }
+};
+template <>
+struct Times<8> {
+    Factors codes;
+    void set(I bytes) { codes = factors(bytes); }
+    I add(I c, I x) const { return add_code_products(c, codes, x); }
+};
+
 struct Bytes {
+    template <int BITS>
+    static constexpr bool FETCHED = BITS == 4;
+    template <int BITS>
+    static constexpr bool FOUR_WIDE = true;
     using Number = int8_t;
     static constexpr float LARGEST = 127.0f;
     static constexpr int64_t SPAN = 32;  // of codes of 4 bits eight products of pairs, 15 · 127 · 2 · 8 < 2^15
     template <int BITS>
     static constexpr float TAKEN_OFF = BITS == 8 ? quire::TAKEN_OFF : 0.0f;
     template <int BITS>
-    static constexpr bool SUMMED = BITS == 8 || FOURS_AT_ONCE;
+    static constexpr bool SUMMED = BITS != 4 || FOURS_AT_ONCE;
     template <int BITS>
     static I whole(I sums) { return BITS == 4 ? whole_sums(sums) : sums; }
-    template <int BITS>
     static void store(int8_t* to, V values, int64_t n) { store_some(to, values, n); }
 
     template <int BITS, int MB, int NV>
     static inline void add_word(const uint8_t* word, const int8_t* x, int64_t ldx, I sums[MB][NV]) {
-        I low[NV], high[NV];
-        Factors all[NV];
-        for (int v = 0; v < NV; v++) {
-            I codes = load_int(word + 4 * v * W);
-            if (BITS == 4)
-                low[v] = low_nibbles(codes), high[v] = high_nibbles(codes);
-            else
-                all[v] = factors(codes);
-        }
-        for (int m = 0; m < MB; m++) {
-            I first = quad_at(x + m * ldx), second = BITS == 4 ? quad_at(x + m * ldx + 4) : first;
-            for (int v = 0; v < NV; v++)
-                sums[m][v] = BITS == 4 ? add_byte_products(add_byte_products(sums[m][v], low[v], first), high[v], second)
-                                      : add_code_products(sums[m][v], all[v], first);
+        constexpr int ABREAST = abreast<BITS, MB, NV>();
+        for (int first = 0; first < NV; first += ABREAST) {
+            Word<BITS> words[ABREAST];
+            for (int v = 0; v < ABREAST; v++) words[v] = Word<BITS>(word + Word<BITS>::place((first + v) * W));
+            for (int f = 0; f < Word<BITS>::FOURS; f++) {
+                Times<BITS> codes[ABREAST];
+                for (int v = 0; v < ABREAST; v++) codes[v].set(words[v].four(f));
+                for (int m = 0; m < MB; m++) {
+                    I four = quad_at(x + m * ldx + 4 * f);
+                    for (int v = 0; v < ABREAST; v++) sums[m][first + v] = codes[v].add(sums[m][first + v], four);
+                }
+            }
         }
     }
 };

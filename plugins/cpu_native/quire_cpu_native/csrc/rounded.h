@@ -3,10 +3,13 @@
 // Each row of x is scaled by its own largest value in each span of inputs of a group. Sums of products within a span are
 // exact, whatever their order; spans are added in their order, whatever the tile. A Form says what the numbers are:
 //   Number, LARGEST, SPAN: their type, the largest of them, and inputs to a scale at most;
-//   store<BITS>(to, values, n): n of them, in the order in which they meet codes;
+//   store(to, values, n): n of them, in the order in which they meet codes;
 //   TAKEN_OFF<BITS>: what is taken off codes before they are multiplied; SUMMED<BITS>: whether sums of a lane are whole
 //   before `whole<BITS>` makes them so;
-//   add_word<BITS, MB, NV>(word, x, ldx, sums): adds the products of NV vectors of codes with MB rows from x on.
+//   add_word<BITS, MB, NV>(word, x, ldx, sums): adds the products of NV vectors of codes with MB rows from x on;
+//   FETCHED<BITS>: whether codes are fetched early where reading them is what takes time. Little work leaves the processor
+//   ahead of itself, and what is fetched then in vain took a fifth of the time;
+//   FOUR_WIDE<BITS>: whether registers hold what tiles of four rows by four vectors need.
 #pragma once
 #include <cmath>
 
@@ -53,7 +56,7 @@ static inline float largest(const bf16* x, int64_t n) {
     return most < 0x7f80 ? to_float(most) : NAN;
 }
 
-template <class Form, int BITS>
+template <class Form>
 static inline void round_span(const bf16* x, int64_t count, typename Form::Number* to, int64_t padded, float& scale,
                               float& total) {
     float top = largest(x, count);
@@ -64,14 +67,13 @@ static inline void round_span(const bf16* x, int64_t count, typename Form::Numbe
         V value = zero();
         if (usable && k < count) value = round_to_even(mul(load_some(x + k, std::min<int64_t>(W, count - k)), inverse));
         sums = add(sums, value);
-        Form::template store<BITS>(to + k, value, std::min<int64_t>(W, padded - k));
+        Form::store(to + k, value, std::min<int64_t>(W, padded - k));
     }
     total = sum(sums);  // exact
 }
 
 template <class Form, int BITS>
 Rows<Form> round_rows(Pool& pool, const Codes& c, const Spans& spans, const bf16* x, int64_t ldx, int64_t rows) {
-    constexpr int64_t WORD = 32 / BITS;
     // Not a power of two, whose multiples would share few places of a cache.
     const int64_t stride = rows < 16 ? rows : rows + 16 + -rows % 16;
     Rows<Form> out{nullptr, nullptr, nullptr, nullptr, c.depth(), c.groups() * spans.count, stride};
@@ -80,7 +82,7 @@ Rows<Form> round_rows(Pool& pool, const Codes& c, const Spans& spans, const bf16
     out.scales = pool.shared2(3 * stride * out.spans), out.sums = out.scales + stride * out.spans;
     out.less = (int32_t*)(out.sums + stride * out.spans);
     const int64_t groups = c.groups(), group = c.group, wide = c.padded_group(), inputs = c.inputs;
-    const int64_t most = spans.words * WORD, per_group = spans.count;
+    const int64_t most = spans.words * c.per_word(), per_group = spans.count;
     auto round_group = [=](int64_t row, int64_t g) {
         for (int64_t s = 0; s < per_group; s++) {
             int64_t begin = s * most, padded = std::min(most, wide - begin), at = (g * per_group + s) * stride + row;
@@ -88,9 +90,9 @@ Rows<Form> round_rows(Pool& pool, const Codes& c, const Spans& spans, const bf16
             const bf16* from = x + row * ldx + g * group + begin;
             auto* to = out.values + row * out.depth + g * wide + begin;
             if (count == PLAIN && padded == PLAIN)
-                round_span<Form, BITS>(from, PLAIN, to, PLAIN, out.scales[at], out.sums[at]);
+                round_span<Form>(from, PLAIN, to, PLAIN, out.scales[at], out.sums[at]);
             else
-                round_span<Form, BITS>(from, count, to, padded, out.scales[at], out.sums[at]);
+                round_span<Form>(from, count, to, padded, out.scales[at], out.sums[at]);
             out.less[at] = -middle * (int32_t)out.sums[at];
         }
     };
@@ -121,31 +123,39 @@ struct Ahead {
     void stop() { pass = INT64_MAX / 2; }
 };
 
+// Vectors that are unpacked together: those of 6 bits would be many, and where reading is what takes time they are best
+// taken in memory's order.
+template <int BITS, int MB, int NV>
+constexpr int abreast() { return BITS == 6 && MB <= READING && NV > 2 ? 2 : NV; }
+
 // Fetches what comes SOON after the words of NV vectors.
-template <int NV>
+template <int BITS, int NV>
 QUIRE_INLINE static inline void fetch_words(const uint8_t* words) {
-    for (int line = 0; line < 4 * NV * W; line += 64) fetch_soon(words + line + SOON);
+    for (int line = 0; line < Word<BITS>::PARTS * NV * W * 4; line += 64) fetch_soon(words + line + SOON);
 }
 
 // The PLAIN inputs of a span. Where reading is what takes time, memory is read in its order, which a compiler changes
 // that sees all words at once; otherwise it sees them, and moves no sums about.
 template <class Form, int BITS, int MB, int NV>
-static inline void add_span(const uint8_t* codes, const typename Form::Number* x, int64_t ldx, I sums[MB][NV]) {
-    constexpr int WORD = 32 / BITS;
+static inline void add_span(const uint8_t* codes, const typename Form::Number* x, int64_t ldx, int64_t words,
+                            I sums[MB][NV]) {
+    constexpr int WORD = Word<BITS>::INPUTS, BYTES = Word<BITS>::BYTES;
     if constexpr (MB <= READING) {
+        // They are equal: not to know makes a loop of two words, which one row is faster without.
+        const int64_t count = BITS == 6 && MB > 1 ? words : PLAIN / WORD;
 #if defined(__GNUC__)
 #pragma GCC unroll 1
 #endif
-        for (int w = 0; w < PLAIN / WORD; w++) {
-            fetch_words<NV>(codes + 4 * w * PANEL);
-            Form::template add_word<BITS, MB, NV>(codes + 4 * w * PANEL, x + w * WORD, ldx, sums);
+        for (int64_t w = 0; w < count; w++) {
+            if constexpr (Form::template FETCHED<BITS>) fetch_words<BITS, NV>(codes + w * BYTES);
+            Form::template add_word<BITS, MB, NV>(codes + w * BYTES, x + w * WORD, ldx, sums);
         }
     } else {
 #if defined(__GNUC__)
 #pragma GCC unroll 8
 #endif
         for (int w = 0; w < PLAIN / WORD; w++)
-            Form::template add_word<BITS, MB, NV>(codes + 4 * w * PANEL, x + w * WORD, ldx, sums);
+            Form::template add_word<BITS, MB, NV>(codes + w * BYTES, x + w * WORD, ldx, sums);
     }
 }
 
@@ -155,8 +165,8 @@ template <class Form, int BITS, int MB, int NV, class Scale>
 void plain_tile(const Columns<BITS, Scale>& c, const Spans& spans, const Rows<Form>& x, int64_t row, int64_t first,
                 int64_t last, const Ahead& ahead, V sums[MB][NV]) {
     constexpr bool EARLY = Form::template SUMMED<BITS>;  // what the middle adds is taken off before
-    constexpr int WORD = 32 / BITS;
-    const int64_t per_group = spans.count, rows = x.stride, ldx = x.depth;
+    constexpr int SPAN_BYTES = PLAIN / Word<BITS>::INPUTS * Word<BITS>::BYTES;
+    const int64_t per_group = spans.count, words = spans.words, rows = x.stride, ldx = x.depth;
     const auto* values = x.values + row * ldx + first * per_group * PLAIN;
     const float* scale = x.scales + first * per_group * rows + row;
     const int32_t* less = x.less + first * per_group * rows + row;
@@ -170,7 +180,7 @@ void plain_tile(const Columns<BITS, Scale>& c, const Spans& spans, const Rows<Fo
         I whole[MB][NV];
         for (int m = 0; m < MB; m++)
             for (int v = 0; v < NV; v++) whole[m][v] = EARLY ? set1_int(less[m]) : zero_int();
-        add_span<Form, BITS, MB, NV>(codes, values, ldx, whole);
+        add_span<Form, BITS, MB, NV>(codes, values, ldx, words, whole);
         V scales[NV];
         for (int v = 0; v < NV; v++) scales[v] = c.scale(g, v);
         V exact[MB][NV];
@@ -186,7 +196,7 @@ void plain_tile(const Columns<BITS, Scale>& c, const Spans& spans, const Rows<Fo
             }
         for (int m = 0; m < MB; m++)
             for (int v = 0; v < NV; v++) acc[m][v] = fma(mul(exact[m][v], set1(scale[m])), scales[v], acc[m][v]);
-        scale += rows, less += rows, values += PLAIN, codes += PLAIN / WORD * 4 * PANEL;
+        scale += rows, less += rows, values += PLAIN, codes += SPAN_BYTES;
         if (++s == per_group) s = 0, g++;
     }
     for (int m = 0; m < MB; m++)
@@ -254,7 +264,7 @@ struct Packed {
         for (int m = 0; m < MB; m++)
             for (int v = 0; v < NV; v++) own[m][v] = sums[m][v];
         for (int64_t w = begin; w < end; w++) {
-            if (NV * W == PANEL) fetch_words<NV>(columns.word(0, w, 0));
+            if (NV * W == PANEL && Form::template FETCHED<BITS>) fetch_words<BITS, NV>(columns.word(0, w, 0));
             Form::template add_word<BITS, MB, NV>(columns.word(0, w, 0), x + w * columns.WORD, ldx, own);
         }
         for (int m = 0; m < MB; m++)
@@ -326,7 +336,8 @@ void multiply(Pool& pool, const Codes& c, const bf16* bias, const bf16* x, int64
         Part<Form> p{c, spans, rounded, panel, row, out, bias};
         if (count <= 0) return;
         if (count <= 2) return few_rows<Form, BITS, Scale, 2, 4, 2>(p, count);
-        if (count <= 4 && W == 16 && spans.plain) return few_rows<Form, BITS, Scale, 4, 4, 4>(p, count);
+        if constexpr (W == 16 && Form::template FOUR_WIDE<BITS>)
+            if (count <= 4 && spans.plain) return few_rows<Form, BITS, Scale, 4, 4, 4>(p, count);
         if (count <= FEW_ROWS) return few_rows<Form, BITS, Scale, TILE_ROWS, 2, FEW_ROWS>(p, count);
         many_rows(p, count, scratch);
     };
@@ -337,17 +348,6 @@ void multiply(Pool& pool, const Codes& c, const bf16* bias, const bf16* x, int64
         for (int64_t panel = first; panel < std::min(c.panels(), first + together); panel++)
             compute(panel, task % parts, scratch);
     });
-}
-
-// Calls `with` with the number of bits and the type of scales that the codes have: std::integral_constant, and a scale.
-template <class With>
-void by_form(const Codes& c, const With& with) {
-    using Four = std::integral_constant<int, 4>;
-    using Eight = std::integral_constant<int, 8>;
-    if (c.bits == 4)
-        c.half_scales ? with(Four(), half()) : with(Four(), float());
-    else
-        c.half_scales ? with(Eight(), half()) : with(Eight(), float());
 }
 
 }  // namespace quire

@@ -107,20 +107,25 @@ static inline I set1_int(int32_t x) { return _mm512_set1_epi32(x); }
 static inline V to_float(I x) { return _mm512_cvtepi32_ps(x); }
 static inline I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
 static inline I sub_of16(I a, I b) { return _mm512_sub_epi16(a, b); }
-// bits `shift` to `shift` + 3, or 7, of each 32 bits, as floats
-static inline V field4(I x, int shift) { return to_float(_mm512_and_si512(_mm512_srli_epi32(x, shift), set1_int(15))); }
-static inline V field8(I x, int shift) { return to_float(_mm512_and_si512(_mm512_srli_epi32(x, shift), set1_int(255))); }
-// the same of each 16 bits
-static inline I field4_of16(I x, int shift) { return _mm512_and_si512(_mm512_srli_epi16(x, shift), set1_int(0x000f000f)); }
-static inline I field8_of16(I x, int shift) { return _mm512_and_si512(_mm512_srli_epi16(x, shift), set1_int(0x00ff00ff)); }
+// the bits of `mask` of each 32 bits, as floats, of 16 or of 8; `shift` bits further up
+static inline V field(I x, int shift, int mask) {
+    return to_float(_mm512_and_si512(_mm512_srli_epi32(x, shift), set1_int(mask)));
+}
+static inline I field_of16(I x, int shift, int mask) {
+    return _mm512_and_si512(_mm512_srli_epi16(x, shift), set1_int(mask * 0x00010001));
+}
+static inline I field_of8(I x, int mask) { return _mm512_and_si512(x, set1_int(mask * 0x01010101)); }
+// a byte's bits N lower; what comes in above them is anything
+template <int N>
+static inline I lowered(I x) { return _mm512_srli_epi16(x, N); }
+// of each byte the bits of a that `mask` has, and the others of b
+static inline I merged(int mask, I a, I b) { return _mm512_ternarylogic_epi32(set1_int(mask * 0x01010101), a, b, 0xca); }
 // c + a.first * b.first + a.second * b.second of signed halves
 #if defined(QUIRE_ISA_AVX512BF16)  // which is taken together with VNNI
 static inline I add_products(I c, I a, I b) { return _mm512_dpwssd_epi32(c, a, b); }
 #else
 static inline I add_products(I c, I a, I b) { return _mm512_add_epi32(c, _mm512_madd_epi16(a, b)); }
 #endif
-static inline I low_nibbles(I x) { return _mm512_and_si512(x, set1_int(0x0f0f0f0f)); }
-static inline I high_nibbles(I x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
 // c + products of unsigned bytes of a with signed bytes of b, summed by pairs or fours; `whole_sums` of it: by fours
 #if defined(QUIRE_ISA_AVX512BF16)
 constexpr bool FOURS_AT_ONCE = true;  // whether `whole_sums` has nothing left to do
@@ -202,10 +207,18 @@ static inline I set1_int(int32_t x) { return _mm256_set1_epi32(x); }
 static inline V to_float(I x) { return _mm256_cvtepi32_ps(x); }
 static inline I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
 static inline I sub_of16(I a, I b) { return _mm256_sub_epi16(a, b); }
-static inline V field4(I x, int shift) { return to_float(_mm256_and_si256(_mm256_srli_epi32(x, shift), set1_int(15))); }
-static inline V field8(I x, int shift) { return to_float(_mm256_and_si256(_mm256_srli_epi32(x, shift), set1_int(255))); }
-static inline I field4_of16(I x, int shift) { return _mm256_and_si256(_mm256_srli_epi16(x, shift), set1_int(0x000f000f)); }
-static inline I field8_of16(I x, int shift) { return _mm256_and_si256(_mm256_srli_epi16(x, shift), set1_int(0x00ff00ff)); }
+static inline V field(I x, int shift, int mask) {
+    return to_float(_mm256_and_si256(_mm256_srli_epi32(x, shift), set1_int(mask)));
+}
+static inline I field_of16(I x, int shift, int mask) {
+    return _mm256_and_si256(_mm256_srli_epi16(x, shift), set1_int(mask * 0x00010001));
+}
+static inline I field_of8(I x, int mask) { return _mm256_and_si256(x, set1_int(mask * 0x01010101)); }
+template <int N>
+static inline I lowered(I x) { return _mm256_srli_epi16(x, N); }
+static inline I merged(int mask, I a, I b) {
+    return _mm256_or_si256(field_of8(a, mask), _mm256_andnot_si256(set1_int(mask * 0x01010101), b));
+}
 #if defined(__GNUC__)
 // As one piece: a compiler that sees two operations multiplies everything before it adds, and runs out of registers.
 static inline I add_products(I c, I a, I b) {
@@ -216,8 +229,6 @@ static inline I add_products(I c, I a, I b) {
 #else
 static inline I add_products(I c, I a, I b) { return _mm256_add_epi32(c, _mm256_madd_epi16(a, b)); }
 #endif
-static inline I low_nibbles(I x) { return _mm256_and_si256(x, set1_int(0x0f0f0f0f)); }
-static inline I high_nibbles(I x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
 constexpr bool FOURS_AT_ONCE = false;
 static inline I add_byte_products(I c, I a, I b) { return _mm256_add_epi16(c, _mm256_maddubs_epi16(a, b)); }
 static inline I whole_sums(I c) { return _mm256_madd_epi16(c, set1_int(0x00010001)); }
@@ -296,28 +307,31 @@ static inline I sub_of16(I a, I b) {
         a.at[i] = ((a.at[i] & 0xffff0000u) - (b.at[i] & 0xffff0000u)) | ((a.at[i] - b.at[i]) & 0xffffu);
     return a;
 }
-static inline V field4(I x, int shift) { return lanes([&](int i) { return (float)(x.at[i] >> shift & 15); }); }
-static inline V field8(I x, int shift) { return lanes([&](int i) { return (float)(x.at[i] >> shift & 255); }); }
-static inline I field4_of16(I x, int shift) {
-    for (uint32_t& each : x.at) each = each >> shift & 0x000f000f;
+static inline V field(I x, int shift, int mask) {
+    return lanes([&](int i) { return (float)(x.at[i] >> shift & (uint32_t)mask); });
+}
+static inline I field_of16(I x, int shift, int mask) {
+    for (uint32_t& each : x.at) each = each >> shift & (uint32_t)mask * 0x00010001u;
     return x;
 }
-static inline I field8_of16(I x, int shift) {
-    for (uint32_t& each : x.at) each = each >> shift & 0x00ff00ff;
+static inline I field_of8(I x, int mask) {
+    for (uint32_t& each : x.at) each &= (uint32_t)mask * 0x01010101u;
     return x;
+}
+template <int N>
+static inline I lowered(I x) {
+    for (uint32_t& each : x.at) each >>= N;
+    return x;
+}
+static inline I merged(int mask, I a, I b) {
+    const uint32_t wide = (uint32_t)mask * 0x01010101u;
+    for (int i = 0; i < W; i++) a.at[i] = (a.at[i] & wide) | (b.at[i] & ~wide);
+    return a;
 }
 static inline I add_products(I c, I a, I b) {
     for (int i = 0; i < W; i++)
         c.at[i] += (uint32_t)((int16_t)a.at[i] * (int16_t)b.at[i] + (int16_t)(a.at[i] >> 16) * (int16_t)(b.at[i] >> 16));
     return c;
-}
-static inline I low_nibbles(I x) {
-    for (uint32_t& each : x.at) each &= 0x0f0f0f0f;
-    return x;
-}
-static inline I high_nibbles(I x) {
-    for (uint32_t& each : x.at) each = each >> 4 & 0x0f0f0f0f;
-    return x;
 }
 constexpr bool FOURS_AT_ONCE = true;
 static inline I add_byte_products(I c, I a, I b) {
@@ -447,34 +461,21 @@ static inline void store_some(int8_t* p, V x, int64_t n) {
     for (int64_t i = 0; i < n; i++) p[i] = (int8_t)wide[i];
 }
 
-// In which order the numbers of a word of codes meet in products: those at bits 0 and 16 of it, then those of the next
-// shift.
-template <int BITS>
-struct Order {
-    static constexpr int of(int i) {
-        constexpr int four[8] = {0, 2, 4, 6, 1, 3, 5, 7}, two[4] = {0, 2, 1, 3};
-        return BITS == 4 ? i / 8 * 8 + four[i % 8] : i / 4 * 4 + two[i % 4];
-    }
-};
-// n whole numbers of at most 16 bits, in that order.
-template <int BITS>
-static inline void store_some(int16_t* p, V x, int64_t n, Order<BITS> order) {
+// n whole numbers of at most 16 bits, in the order in which those of four bytes meet in products: first the even ones.
+static inline void store_some(int16_t* p, V x, int64_t n) {
+    constexpr int ORDER[] = {0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15};
     int16_t all[W];
 #if defined(QUIRE_512)
-    int32_t places[W];
-    for (int i = 0; i < W; i++) places[i] = order.of(i);
-    I moved = _mm512_permutexvar_epi32(load_int(places), _mm512_cvtps_epi32(x));
+    I moved = _mm512_permutexvar_epi32(load_int(ORDER), _mm512_cvtps_epi32(x));
     _mm256_storeu_si256((__m256i*)(n == W ? p : all), _mm512_cvtepi32_epi16(moved));
 #elif defined(QUIRE_ISA_AVX2)
-    int32_t places[W];
-    for (int i = 0; i < W; i++) places[i] = order.of(i);
-    I moved = _mm256_permutevar8x32_epi32(_mm256_cvtps_epi32(x), load_int(places));
+    I moved = _mm256_permutevar8x32_epi32(_mm256_cvtps_epi32(x), load_int(ORDER));
     __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(moved), _mm256_extracti128_si256(moved, 1));
     _mm_storeu_si128((__m128i*)(n == W ? p : all), narrow);
 #else
     float wide[W];
     store(wide, x);
-    for (int i = 0; i < W; i++) (n == W ? p : all)[i] = (int16_t)wide[order.of(i)];
+    for (int i = 0; i < W; i++) (n == W ? p : all)[i] = (int16_t)wide[ORDER[i]];
 #endif
     if (n < W) memcpy(p, all, n * sizeof(int16_t));
 }
