@@ -104,6 +104,13 @@ MUTANTS = (
         NATIVE,
     ),
     Mutant(
+        "native: codes of 6 bits that stand above others lose two bits",
+        f"{CSRC}/codes.h",
+        "lowered<2>(fours[3])",
+        "lowered<4>(fours[3])",
+        NATIVE,
+    ),
+    Mutant(
         "native: a query has the scores of another",
         f"{CSRC}/floats.h",
         "memcpy(to + i * apart, all + i * J, J * sizeof(float));",

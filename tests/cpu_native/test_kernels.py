@@ -180,6 +180,16 @@ def test_inputs_of_8_bits_are_for_bfloat16():
     assert "not for float32" in op_set.why_not(QuantLinearSpec(64, 64, 4, 32, "middle", torch.float32))[0]
 
 
+@pytest.mark.parametrize(("bits", "packed_bits"), [(3, 4), (4, 4), (5, 8), (6, 6), (7, 8), (8, 8)])
+def test_codes_take_the_bits_that_they_are_packed_in_and_come_back_as_they_were(bits, packed_bits):
+    spec = QuantLinearSpec(96, 128, bits, 32, "middle", torch.float32)
+    op = NativeOps(OpInit(torch.device("cpu"), 16)).build(spec)
+    codes = torch.arange(128 * 96, dtype=torch.int32).mul(37).view(128, 96).remainder(1 << bits).byte()
+    state = op.pack(codes, torch.ones(128, 3), None)
+    assert sum(tensor.nbytes for tensor in state.tensors) == 128 * 96 * packed_bits // 8 + 128 * 3 * 2
+    assert torch.equal(op.weight(state), codes.float() - (1 << (bits - 1)))
+
+
 def test_many_calls_from_many_threads_at_once(threads):
     """The pool belongs to one call at a time; sleepers wake, and no task is lost or done twice."""
     from concurrent.futures import ThreadPoolExecutor

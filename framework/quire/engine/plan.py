@@ -26,7 +26,8 @@ class Form:
 
     Attributes:
         methods: what makes or reads it.
-        head_bits: of the output head, which stands beside an embedding that it is tied to; 0: it stays as it is.
+        head_bits: of the output head, which stands beside an embedding that it is tied to; 0: it stays as it is. Op
+            sets that hold 6 bits in bytes take more.
     """
 
     methods: str

@@ -54,7 +54,7 @@ class Int4Options(Int8Options):
     group_size: int = Field(default=32, ge=16)
     """Inputs that share a scale; a layer whose inputs it does not divide stays unquantized."""
     head_bits: Literal[6, 8, 16] = 6
-    """As in `Int8Options`; beside layers of 4 bits two more bits of the head are hardly seen."""
+    """As in `Int8Options`: beside layers of 4 bits two more are hardly seen. A GPU's kernels hold 6 bits in bytes."""
     input_bits: Literal[8, 16] = 8
     """8 lets kernels round a layer's inputs to 8 bits too, where that is faster: weights of 4 bits cost far more."""
 

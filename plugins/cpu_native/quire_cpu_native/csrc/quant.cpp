@@ -17,7 +17,7 @@ void tile(const Columns<BITS, Scale>& c, const float* x, int64_t ldx, V acc[MB][
                 V scale = c.scale(g, v), zero = c.zero_of(g, v);
                 Word<BITS> word(c.word(g, w, v));
 #if defined(__GNUC__)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
 #endif
                 for (int i = 0; i < c.WORD; i++) {
                     V weight = mul(sub(word.input(i), zero), scale);
