@@ -112,14 +112,16 @@ static inline V field(I x, int shift, int mask) {
     return to_float(_mm512_and_si512(_mm512_srli_epi32(x, shift), set1_int(mask)));
 }
 static inline I field_of16(I x, int shift, int mask) {
-    return _mm512_and_si512(_mm512_srli_epi16(x, shift), set1_int(mask * 0x00010001));
+    return _mm512_and_si512(_mm512_srli_epi16(x, shift), set1_int((int32_t)(mask * 0x00010001u)));
 }
-static inline I field_of8(I x, int mask) { return _mm512_and_si512(x, set1_int(mask * 0x01010101)); }
+static inline I field_of8(I x, int mask) { return _mm512_and_si512(x, set1_int((int32_t)(mask * 0x01010101u))); }
 // a byte's bits N lower; what comes in above them is anything
 template <int N>
 static inline I lowered(I x) { return _mm512_srli_epi16(x, N); }
 // of each byte the bits of a that `mask` has, and the others of b
-static inline I merged(int mask, I a, I b) { return _mm512_ternarylogic_epi32(set1_int(mask * 0x01010101), a, b, 0xca); }
+static inline I merged(int mask, I a, I b) {
+    return _mm512_ternarylogic_epi32(set1_int((int32_t)(mask * 0x01010101u)), a, b, 0xca);
+}
 // c + a.first * b.first + a.second * b.second of signed halves
 #if defined(QUIRE_ISA_AVX512BF16)  // which is taken together with VNNI
 static inline I add_products(I c, I a, I b) { return _mm512_dpwssd_epi32(c, a, b); }
@@ -211,13 +213,13 @@ static inline V field(I x, int shift, int mask) {
     return to_float(_mm256_and_si256(_mm256_srli_epi32(x, shift), set1_int(mask)));
 }
 static inline I field_of16(I x, int shift, int mask) {
-    return _mm256_and_si256(_mm256_srli_epi16(x, shift), set1_int(mask * 0x00010001));
+    return _mm256_and_si256(_mm256_srli_epi16(x, shift), set1_int((int32_t)(mask * 0x00010001u)));
 }
-static inline I field_of8(I x, int mask) { return _mm256_and_si256(x, set1_int(mask * 0x01010101)); }
+static inline I field_of8(I x, int mask) { return _mm256_and_si256(x, set1_int((int32_t)(mask * 0x01010101u))); }
 template <int N>
 static inline I lowered(I x) { return _mm256_srli_epi16(x, N); }
 static inline I merged(int mask, I a, I b) {
-    return _mm256_or_si256(field_of8(a, mask), _mm256_andnot_si256(set1_int(mask * 0x01010101), b));
+    return _mm256_or_si256(field_of8(a, mask), _mm256_andnot_si256(set1_int((int32_t)(mask * 0x01010101u)), b));
 }
 #if defined(__GNUC__)
 // As one piece: a compiler that sees two operations multiplies everything before it adds, and runs out of registers.
