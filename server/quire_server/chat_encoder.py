@@ -100,7 +100,7 @@ class ChatChunks:
                 return [self._with_tokens(event.choice, delta)]
             case Tokens():
                 self._keep(event)
-                return []
+                return [self._with_tokens(event.choice, {})] if event.alone and self._wants.token_ids else []
             case ToolStart():
                 function = {"name": event.name, "arguments": ""}
                 call = {"index": event.index, "id": event.call_id, "type": "function", "function": function}

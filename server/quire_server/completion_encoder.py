@@ -50,6 +50,7 @@ class CompletionChunks:
         self._logprobs = [CompletionLogprobs(wants.logprobs or 0, token_text) for _ in range(self._num_choices)]
         self._tokens: dict[int, Tokens] = {}
         self._is_plain = not wants.tokens and not only_echo
+        self._tells_ids = wants.token_ids and not only_echo  # as they come, with text or without
         self._texts = Texts(self._chunk)
 
     def feed(self, event: Event) -> list[dict[str, Any]]:
@@ -59,7 +60,7 @@ class CompletionChunks:
                 return self._prompt(event)
             case Tokens():
                 self._keep(event)
-                return []
+                return [self._chunk(event.choice, "")] if event.alone and self._tells_ids else []
             case Text():
                 return [] if self._only_echo else [self._chunk(event.choice, event.text)]
             case Finish():

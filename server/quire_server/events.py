@@ -27,13 +27,15 @@ class Prompt(Struct, frozen=True):
 class Tokens(Struct, frozen=True):
     """Tokens of a choice, with log probabilities if they were asked for; their text follows, perhaps later.
 
-    `num_shown`: how many of them are part of the text; the token that ends an answer is not.
+    `num_shown`: how many of them are part of the text; the token that ends an answer is not. `alone`: no text came with
+    them; it is held back, or there is none.
     """
 
     choice: int
     token_ids: tuple[int, ...]
     logprobs: tuple[PositionLogprobs, ...] | None = None
     num_shown: int = 0
+    alone: bool = False
 
     def joined(self, later: Tokens) -> Tokens:
         """These tokens and later ones of the same choice."""

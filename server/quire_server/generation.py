@@ -144,11 +144,12 @@ class _Tally:
         self._cached[prompt] = max(self._cached[prompt], delta.num_cached_tokens)
         if delta.finish_reason == "error":
             return [Failure(delta.error or "the engine failed")]
-        events = self._prompt(prompt, delta)
+        events, output = self._prompt(prompt, delta), self._output(choice, delta)
         if delta.token_ids:
             self._completion += len(delta.token_ids)
-            events.append(Tokens(choice, delta.token_ids, delta.logprobs, self._num_shown(prompt, delta)))
-        events += self._output(choice, delta)
+            alone = not output and delta.finish_reason is None
+            events.append(Tokens(choice, delta.token_ids, delta.logprobs, self._num_shown(prompt, delta), alone))
+        events += output
         if delta.finish_reason == "abort":
             events.append(Failure("the request was aborted"))
         elif delta.finish_reason is not None:

@@ -191,6 +191,24 @@ def test_token_ids_and_truncation(client):
     assert len(choice.token_ids) == answer.usage.completion_tokens
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_token_ids_are_streamed_as_they_come_while_their_text_is_held_back(client, chat):
+    [letter] = client.post("/../tokenize", cast_to=object, body={"prompt": "a", "add_special_tokens": False})["tokens"]
+    held = {"allowed_token_ids": [letter], "ignore_eos": True, "return_token_ids": True, "stop": ["aaaaaaab"]}
+    asked = {"model": "quire-tiny", "max_tokens": 4, "stream": True, "extra_body": held}
+    if chat:
+        chunks = [
+            entry for chunk in client.chat.completions.create(messages=QUESTION, **asked) for entry in chunk.choices
+        ]
+    else:
+        chunks = [entry for chunk in client.completions.create(prompt="x", **asked) for entry in chunk.choices]
+    texts = [(entry.delta.content if chat else entry.text) or "" for entry in chunks]
+    ids = [getattr(entry, "token_ids", None) or [] for entry in chunks]
+    assert "".join(texts) == "aaaa"
+    assert [each for each in ids if each] == [[letter]] * 4
+    assert not any(text for text, each in zip(texts[:-2], ids[:-2], strict=True) if each)
+
+
 def test_parsing_into_a_type_is_refused_before_anything_runs(client):
     class Sum(pydantic.BaseModel):
         value: int
