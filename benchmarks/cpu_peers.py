@@ -95,17 +95,27 @@ def plan_of(options: argparse.Namespace) -> Plan:
         others = [text for text in options.points or () if Point.parse(text).kind != "decode"]
         if others or options.rounds or options.windows < 2:
             raise SystemExit("--windows takes 2 or more, and goes with points of decode alone and without --rounds")
+    points = options.points or [str(point) for point in standard]
     return Plan(
         models=options.models or (["qwen3-0.6b"] if options.quick else ["qwen3-0.6b", "llama-3.2-1b"]),
-        peers=options.peers,
+        peers=[peer for peer in options.peers if takes_part(peer, points)],
         precisions=options.precisions,
-        points=options.points or [str(point) for point in standard],
+        points=points,
         rounds=options.rounds or (2 if options.quick else 3),
         threads=options.threads,
         cache=options.cache.absolute(),
         windows=options.windows,
         steps=options.steps,
     )
+
+
+def takes_part(peer: str, points: Sequence[str]) -> bool:
+    """Whether a peer has a part in any of the points; says so if not, and nothing is installed for it."""
+    skips = importlib.import_module(f"cpu_peers.peers.{peer}").Peer.skips
+    if any(Point.parse(point).kind not in skips for point in points):
+        return True
+    say(f"{peer}: has no part in these points")
+    return False
 
 
 def say(text: str) -> None:

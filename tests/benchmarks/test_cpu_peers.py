@@ -326,6 +326,14 @@ def test_quick_means_one_model_and_three_points(command, tmp_path):
         command.words("quire,vllm", command.PEERS)
 
 
+def test_a_peer_without_a_part_in_the_points_is_left_out(command, capsys):
+    parse = command.parser().parse_args
+    assert not {"llama_server", "quire_server"} & set(command.plan_of(parse(["--quick"])).peers)
+    assert "llama_server: has no part" in capsys.readouterr().err
+    chosen = ["--peers", "quire,transformers,llama_server", "--points", "served:4"]
+    assert command.plan_of(parse(chosen)).peers == ["quire", "llama_server"]
+
+
 def test_windows_are_of_decode_points(command):
     plan = command.plan_of(command.parser().parse_args(["--windows", "5", "--steps", "4", "--threads", "1"]))
     assert {Point.parse(point).kind for point in plan.points} == {"decode"}

@@ -32,7 +32,9 @@ def programs() -> Path:
     """
     folder = Path(sys.prefix) / "llama.cpp"
     if not folder.exists():
-        with folder.with_name("llama.cpp.log").open("w") as log, tempfile.TemporaryDirectory() as scratch:
+        log_file = folder.with_name("llama.cpp.log")
+        # On the same file system, so that what is built can be moved.
+        with log_file.open("w") as log, tempfile.TemporaryDirectory(dir=sys.prefix) as scratch:
             built = _build(Path(scratch), log)
             partial = folder.with_name("llama.cpp.partial")
             partial.mkdir(exist_ok=True)
